@@ -1,0 +1,99 @@
+# make demo | test | check | bench: each does all the set-up it needs, in .venv and a cache folder.
+# Needs Python >= 3.11; `make test` also Docker, or Java >= 17 and Maven.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench lock clean
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+# The interpreter .venv is made with; found by itself unless given: make setup PYTHON=/usr/bin/python3.12
+PYTHON ?=
+# More arguments for the demo, for pytest and for the benchmarks: make test PYTEST_ARGS='-k drain -x'
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+# The demo and the tests never ask a model hub for anything: the model is in a Python package.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+setup: $(STAMP) ## make .venv with the package and everything it needs (once)
+
+$(STAMP): pyproject.toml requirements/base.txt requirements/torch.txt requirements/dev.txt requirements/uv.txt
+	@started=$$SECONDS
+	python=
+	for candidate in $${PYTHON:-$(PYTHON)} python3 python3.13 python3.12 python3.11; do
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+	    python=$$candidate
+	    break
+	  fi
+	done
+	if [ -z "$$python" ]; then
+	  echo "setup: Python 3.11 or later is missing; install it (Debian 12: apt-get install python3 python3-venv) or give make PYTHON=/path/to/python3" >&2
+	  exit 1
+	fi
+	echo "setup: $(VENV) with $$("$$python" -V) (about 6 GB: torch brings CUDA)"
+	if uv --version >/dev/null 2>&1; then
+	  uv=uv
+	  # Kept if it is there, so that a changed requirement file costs only what changed.
+	  [ -x $(BIN)/python ] || uv venv --quiet --python "$$("$$python" -c 'import sys; print(sys.executable)')" $(VENV)
+	else
+	  uv=$(BIN)/uv
+	  if [ ! -x $(BIN)/python ] && ! "$$python" -m venv $(VENV) >/dev/null 2>&1; then
+	    rm -rf $(VENV)
+	    echo "setup: $$python cannot make a virtual environment; install its venv module (Debian: apt-get install python3-venv) or uv" >&2
+	    exit 1
+	  fi
+	  echo "setup: uv into $(VENV) (there is none on the PATH)"
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	fi
+	echo "setup: the pinned requirements"
+	UV_PYTHON_DOWNLOADS=never "$$uv" pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	echo "setup: inferstream itself, editable"
+	"$$uv" pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+	echo "setup: done in $$((SECONDS - started)) s"
+
+demo: setup ## a real model, an embedded broker, a worker killed in the middle: nothing is missing
+	@$(BIN)/inferstream demo $(DEMO_ARGS)
+
+test: setup ## the tests, on a real Apache Kafka
+	@$(BIN)/python -m tests.support.broker
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: setup ## format, lint, types
+	@failed=0
+	$(BIN)/ruff format --check . || failed=1
+	$(BIN)/ruff check . || failed=1
+	$(BIN)/mypy --strict service || failed=1
+	exit $$failed
+
+format: setup ## put the code into the format that `make check` asks for
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup ## the measured table (20 minutes at most; BENCH_ARGS=--short: a few)
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+lock: ## pin the newest versions in requirements/ again
+	@if uv --version >/dev/null 2>&1; then
+	  uv=uv
+	elif [ -x $(BIN)/uv ]; then
+	  uv=$(BIN)/uv
+	else
+	  echo "lock: uv is missing; install it (pip install uv)" >&2
+	  exit 1
+	fi
+	UV="$$(command -v "$$uv")" python3 requirements/lock.py
+
+clean: ## remove .venv and what the tools leave in the checkout
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""What is measured, one file per question; each prints a Markdown table and is run with `python -m`."""

@@ -1,0 +1,262 @@
+"""The life of a worker: build, start, run, drain, and the exit code it ends with.
+
+The model is loaded and warm before the group is joined, so that a rebalance never waits for it.  One task per
+duty; the first that fails ends the process with its error.  SIGTERM and the first Ctrl-C drain; the second
+Ctrl-C ends at once with 130.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from aiokafka import AIOKafkaProducer
+
+from inferstream.codec import Codec
+from inferstream.errors import DrainTimeout, InferstreamError
+from inferstream.kafka.connection import client_options, start_with_retry
+from inferstream.kafka.preflight import Cluster, inspect
+from inferstream.kafka.sink import BATCH_BYTES, OutputTopic, Sink
+from inferstream.kafka.source import Source
+from inferstream.models.loading import Loaded, load
+from inferstream.pipeline import Pipeline
+from inferstream.settings import Settings
+from inferstream.telemetry.health import Health, HealthServer
+from inferstream.telemetry.metrics import Metrics
+from inferstream.telemetry.watch import Watch
+from inferstream.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+STOP_TIMEOUT_S = 5.0  # for leaving the group, stopping the producer and ending threads, each
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """The parts of a running worker, as benchmarks and tests may want to look at them."""
+
+    settings: Settings
+    pipeline: Pipeline
+    source: Source
+    metrics: Metrics
+
+
+async def run(
+    settings: Settings,
+    *,
+    embedded: bool = False,
+    load_model: Callable[[Settings, Callable[..., dict[str, Any]]], Loaded] = load,
+    started: Callable[[Worker], Awaitable[None] | None] | None = None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Run one worker until it is told to stop; raises InferstreamError with the exit code.
+
+    ``settings`` are resolved.  ``load_model`` and ``started`` are there for benchmarks, which bring their own
+    device; ``stop`` ends the worker as SIGTERM does.
+    """
+    stopping = stop or asyncio.Event()
+    _handle_signals(stopping)
+    metrics = Metrics()
+    health = Health(device_hang_timeout_s=settings.device.hang_timeout_s)
+    server = HealthServer(settings.telemetry.host, settings.telemetry.port, metrics, health)
+    server.start()
+    watch = Watch(health, metrics)
+    beat = asyncio.create_task(watch.run(), name="heartbeat")
+    try:
+        await _run(settings, embedded, load_model, started, stopping, metrics, health, watch)
+    finally:
+        beat.cancel()
+        server.stop()
+
+
+async def _run(
+    settings: Settings,
+    embedded: bool,
+    load_model: Callable[[Settings, Callable[..., dict[str, Any]]], Loaded],
+    started: Callable[[Worker], Awaitable[None] | None] | None,
+    stopping: asyncio.Event,
+    metrics: Metrics,
+    health: Health,
+    watch: Watch,
+) -> None:
+    cluster = await _unless(stopping, inspect_with_retry(settings, embedded=embedded))
+    if cluster is None:
+        return
+    codec = Codec.from_settings(settings, result_limit=cluster.output_limit)
+    loaded = await _unless(stopping, _in_thread(lambda: load_model(settings, codec.embedding)))
+    if loaded is None:
+        return
+    metrics.model(loaded.info)
+    health.warm = True
+    log.info("the model is warm", extra={"model": loaded.info.id, "revision": loaded.info.revision})
+
+    failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def failed(error: BaseException) -> None:
+        if not failure.done():
+            failure.set_exception(error)
+
+    pipeline = Pipeline(settings, codec, loaded.task, loaded.device, metrics, failed)
+    source = Source(settings, pipeline, watch)
+    sink = make_sink(settings, cluster, pipeline, failed)
+    pipeline.sink = sink
+    watch.follow(pipeline, source, sink)
+    duties: list[asyncio.Future[Any]] = [failure, source.failures()]
+    clean = True
+    try:
+        for part in (source, sink):
+            await start_with_retry(settings.kafka, part.start, settings.kafka.connect_timeout_s)
+        source.subscribe()
+        watchdog = Watchdog(settings, source, sink, pipeline)
+        polling = asyncio.create_task(source.run(), name="poll")
+        duties += [
+            polling,
+            asyncio.create_task(_settle(source, pipeline, settings), name="settle"),
+            asyncio.create_task(watchdog.run(), name="watchdog"),
+        ]
+        if started is not None and (starting := started(Worker(settings, pipeline, source, metrics))):
+            await starting
+        told = asyncio.create_task(stopping.wait(), name="stop")
+        done, _ = await asyncio.wait([*duties, told], return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        for duty in done - {told}:
+            duty.result()  # raises what ends the process
+        health.draining = True
+        clean = await _drain(source, settings.delivery.drain_timeout_s)
+    except BaseException as error:
+        if not isinstance(error, asyncio.CancelledError | InferstreamError):
+            log.error("the worker ends on an unexpected error", extra={"error": repr(error)})
+        raise
+    finally:
+        health.draining = True
+        for duty in duties:
+            duty.cancel()
+        await asyncio.gather(*duties, return_exceptions=True)
+        await source.stop(STOP_TIMEOUT_S)
+        await sink.stop(STOP_TIMEOUT_S)
+        pipeline.close(STOP_TIMEOUT_S)
+    if not clean:
+        raise DrainTimeout(
+            f"the drain passed delivery.drain_timeout_s={settings.delivery.drain_timeout_s:g}; "
+            "what was not acknowledged is not committed and will be read again"
+        )
+    log.info("drained")
+
+
+async def inspect_with_retry(settings: Settings, *, embedded: bool) -> Cluster:
+    """Look at the topics, trying again for ``kafka.connect_timeout_s`` while no broker answers."""
+    found: list[Cluster] = []
+
+    async def look() -> None:
+        found.append(await inspect(settings, embedded=embedded))
+
+    await start_with_retry(settings.kafka, look, settings.kafka.connect_timeout_s)
+    return found[0]
+
+
+def make_sink(
+    settings: Settings, cluster: Cluster, pipeline: Pipeline, failed: Callable[[BaseException], None]
+) -> Sink:
+    assert settings.output.topic is not None and settings.dead_letter.topic is not None
+
+    def make_producer() -> AIOKafkaProducer:
+        return AIOKafkaProducer(
+            **client_options(settings.kafka),
+            enable_idempotence=True,  # a retry cannot write twice or out of order
+            acks="all",
+            linger_ms=0,  # batches come closed; waiting would only add latency
+            max_batch_size=BATCH_BYTES,
+            compression_type=None if settings.output.compression == "none" else settings.output.compression,
+        )
+
+    return Sink(
+        make_producer,
+        OutputTopic(settings.output.topic, cluster.output_partitions, cluster.output_limit),
+        OutputTopic(settings.dead_letter.topic, cluster.dead_letter_partitions, cluster.dead_letter_limit),
+        cluster.input_partitions,
+        pipeline,
+        failed,
+    )
+
+
+async def _settle(source: Source, pipeline: Pipeline, settings: Settings) -> None:
+    """Commit on every tick, and earlier when half of what may be uncommitted is."""
+    assert settings.delivery.commit_interval_ms is not None
+    interval_s = settings.delivery.commit_interval_ms / 1000
+    while True:
+        try:
+            async with asyncio.timeout(interval_s):
+                await pipeline.commit_due.wait()
+        except TimeoutError:
+            pass
+        pipeline.commit_due.clear()
+        if not await source.settle():
+            await asyncio.sleep(min(interval_s, 0.5))  # a commit that fails at once must not spin
+
+
+async def _drain(source: Source, timeout_s: float) -> bool:
+    log.info("draining", extra={"timeout_s": timeout_s})
+    started = time.monotonic()
+    clean = await source.drain(timeout_s)
+    return clean and time.monotonic() - started <= timeout_s
+
+
+async def _unless(stopping: asyncio.Event, work: Awaitable[T]) -> T | None:
+    """The work's result, or None when the process is told to stop before it is there."""
+    task = asyncio.ensure_future(work)
+    told = asyncio.create_task(stopping.wait())
+    await asyncio.wait([task, told], return_when=asyncio.FIRST_COMPLETED)
+    told.cancel()
+    if task.done():
+        return task.result()
+    task.cancel()
+    return None
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Like ``asyncio.to_thread``, but in a daemon thread: a stop during a long load need not wait for it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def deliver(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]  # T may itself be None
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            loop.call_soon_threadsafe(deliver, None, error)
+        else:
+            loop.call_soon_threadsafe(deliver, result, None)
+
+    threading.Thread(target=run, name="load-model", daemon=True).start()
+    return await future
+
+
+def _handle_signals(stopping: asyncio.Event) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def interrupted() -> None:
+        if stopping.is_set():
+            sys.stderr.flush()
+            os._exit(130)
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stopping.set)
+    loop.add_signal_handler(signal.SIGINT, interrupted)

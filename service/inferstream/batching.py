@@ -1,0 +1,205 @@
+"""Batches: the window of prepared pieces, and the rule that picks the next batch from it.
+
+Under backlog every piece has waited longer than any linger, so a rule that closes batches by time decides
+nothing.  What decides here is the moment a staging slot is free: only then is a batch formed (late binding),
+from everything that is ready by then.
+
+*Padded engines* (every row as long as the longest): the batch is anchored on the oldest piece, filled from
+its length class, oldest first, and then from the classes next to it until the token budget is reached.
+Lengths within a class differ by at most a quarter, so little is padding; and because the oldest piece always
+goes, nobody waits longer than the pieces that were there before, and lane heads do not keep what is completed
+behind them from being sent.  *Padding-free engines* take arrival order: there is nothing to gain by choosing.
+
+Pure and synchronous: time comes in as an argument.  ``benchmarks/batching.py`` measures the rule against
+arrival order and against the fullest length class; docs/batching.md shows the table.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+# Far above what pays off on any device (a batch of the shortest texts fills it), so that staging arrays
+# sized by it stay small.
+DEFAULT_MAX_ITEMS: Final = 4096
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """One piece that can go into a batch: a document, or chunk ``index`` of a long one.
+
+    ``length`` is in tokens, ``ready_at`` in seconds on the caller's clock.  ``order`` is the window's.
+    """
+
+    owner: Any
+    index: int
+    length: int
+    ready_at: float
+    payload: Any
+    order: int = field(default=0, init=False, repr=False)
+
+
+def length_class(length: int) -> int:
+    """The number of the length class of ``length`` tokens: four per octave, each 14 to 25 % wide.
+
+    Grows with the length, without holes from 4 tokens on; lengths up to 7 have a class each.
+    """
+    shift = max(length.bit_length() - 3, 0)
+    return (shift << 2) + (length >> shift)
+
+
+class Window:
+    """Prepared pieces waiting for the device, and the policy that forms batches of them.
+
+    ``max_tokens`` is the token budget of a batch: count x longest length if ``padded``, else the sum of the
+    lengths; it may be changed at any time (it is lowered when the device runs out of memory).  A piece longer
+    than the budget goes alone.  ``max_items`` bounds the count of a batch.  What bounds the window itself is the
+    credit of the pieces in it.  Forming costs a step per piece taken and per length class, however many wait.
+    """
+
+    __slots__ = ("_buckets", "_count", "_order", "max_items", "max_tokens", "padded", "tokens")
+
+    def __init__(self, max_tokens: int, *, padded: bool = True, max_items: int = DEFAULT_MAX_ITEMS) -> None:
+        if max_tokens < 1 or max_items < 1:
+            raise ValueError("max_tokens and max_items must be at least 1")
+        self.max_tokens = max_tokens
+        self.max_items = max_items
+        self.padded = padded
+        self.tokens = 0
+        """The sum of the lengths waiting."""
+        self._count = 0
+        self._order = 0
+        # One deque per length class, each in arrival order; a padding-free window needs only one.
+        self._buckets: list[deque[Item]] = [deque()]
+
+    def add(self, item: Item) -> None:
+        """Let a piece wait for its batch; it is the youngest from now on."""
+        item.order = self._order
+        self._order += 1
+        number = length_class(item.length) if self.padded else 0
+        buckets = self._buckets
+        while number >= len(buckets):
+            buckets.append(deque())
+        buckets[number].append(item)
+        self.tokens += item.length
+        self._count += 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Item]:
+        """The waiting pieces, in no particular order."""
+        for bucket in self._buckets:
+            yield from bucket
+
+    @property
+    def oldest(self) -> Item | None:
+        """The piece that the next batch is anchored on."""
+        number = self._anchor()
+        return self._buckets[number][0] if number is not None else None
+
+    @property
+    def full(self) -> bool:
+        """Whether the pieces fill a budget with tokens (not with padding) or with their number."""
+        return self.tokens >= self.max_tokens or self._count >= self.max_items
+
+    def wait_s(self, now: float, linger_s: float) -> float:
+        """How long to linger before forming a batch when a staging slot is free, in seconds.
+
+        0.0 once the window is full or its oldest piece has waited for ``linger_s``; infinite while it is empty.
+        """
+        if self.full:
+            return 0.0
+        oldest = self.oldest
+        return math.inf if oldest is None else max(0.0, oldest.ready_at + linger_s - now)
+
+    def form(self, *, arrival: bool = False) -> list[Item]:
+        """Take the next batch out of the window; empty if the window is.
+
+        ``arrival`` takes pieces strictly in arrival order, as closing does: there the oldest prefix of every
+        lane counts, not the device's efficiency.
+        """
+        anchor = self._anchor()
+        if anchor is None:
+            return []
+        batch = self._in_order() if arrival or not self.padded else self._anchored(anchor)
+        self._count -= len(batch)
+        self.tokens -= sum(item.length for item in batch)
+        return batch
+
+    def discard(self, unwanted: Callable[[Item], bool]) -> list[Item]:
+        """Take out the pieces for which ``unwanted`` is true (their lane was dropped), oldest first.
+
+        Costs one step per waiting piece.
+        """
+        gone: list[Item] = []
+        for number, bucket in enumerate(self._buckets):
+            kept: deque[Item] = deque()
+            for item in bucket:
+                (gone if unwanted(item) else kept).append(item)
+            self._buckets[number] = kept
+        self._count -= len(gone)
+        self.tokens -= sum(item.length for item in gone)
+        gone.sort(key=lambda item: item.order)
+        return gone
+
+    def _anchor(self) -> int | None:
+        """The length class of the oldest piece."""
+        anchor = None
+        first = self._order
+        for number, bucket in enumerate(self._buckets):
+            if bucket and bucket[0].order < first:
+                first = bucket[0].order
+                anchor = number
+        return anchor
+
+    def _anchored(self, anchor: int) -> list[Item]:
+        buckets = self._buckets
+        batch = [buckets[anchor].popleft()]
+        longest = self._fill(batch, batch[0].length, anchor)
+        # Widen class by class, shorter before longer at the same distance: a shorter piece pads itself only,
+        # a longer one pads all the others.
+        for distance in range(1, len(buckets)):
+            for number in (anchor - distance, anchor + distance):
+                if (len(batch) + 1) * longest > self.max_tokens or len(batch) >= self.max_items:
+                    return batch
+                if 0 <= number < len(buckets):
+                    longest = self._fill(batch, longest, number)
+        return batch
+
+    def _fill(self, batch: list[Item], longest: int, number: int) -> int:
+        """Move what fits of a class into the batch, oldest first; returns the batch's longest length."""
+        bucket = self._buckets[number]
+        count = len(batch)
+        while bucket and count < self.max_items:
+            length = max(longest, bucket[0].length)
+            count += 1
+            if count * length > self.max_tokens:
+                break
+            longest = length
+            batch.append(bucket.popleft())
+        return longest
+
+    def _in_order(self) -> list[Item]:
+        heads = [(bucket[0].order, bucket) for bucket in self._buckets if bucket]
+        heapq.heapify(heads)
+        batch: list[Item] = []
+        longest = total = 0
+        while heads and len(batch) < self.max_items:
+            bucket = heads[0][1]
+            length = bucket[0].length
+            longest = max(longest, length)
+            total += length
+            cost = (len(batch) + 1) * longest if self.padded else total
+            if batch and cost > self.max_tokens:
+                break
+            batch.append(bucket.popleft())
+            if bucket:
+                heapq.heapreplace(heads, (bucket[0].order, bucket))
+            else:
+                heapq.heappop(heads)
+        return batch

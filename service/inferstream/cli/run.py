@@ -1,0 +1,50 @@
+"""`inferstream run`: one worker until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from inferstream.errors import InferstreamError, SettingsError
+
+
+def run(files: Sequence[Path], arguments: Sequence[str]) -> None:
+    """Load the settings, start a worker and wait for its end; raises InferstreamError."""
+    # The tokenizer's own pool takes every core; it reads this before it is imported.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from inferstream.settings import cores, device_kind, load_settings, parse_flags, resolve
+    from inferstream.telemetry.logs import configure
+
+    loaded = load_settings(files, os.environ, parse_flags(list(arguments)))
+    settings = resolve(loaded.settings, device_kind(loaded.settings), cores())
+    configure(settings.telemetry.log_format, settings.telemetry.log_level)
+
+    from inferstream import app
+
+    embedded = settings.kafka.bootstrap_servers == ["embedded"]
+    error: InferstreamError | None = None
+    try:
+        if embedded:
+            from inferstream.tools.embedded import EmbeddedBroker
+
+            if settings.output.topic is None or settings.dead_letter.topic is None:
+                raise SettingsError("output.topic is not set")
+            with EmbeddedBroker() as broker:
+                for topic in (*settings.input.topics, settings.output.topic, settings.dead_letter.topic):
+                    broker.create_topic(topic)
+                print(f"bootstrap={broker.bootstrap}", flush=True)
+                kafka = settings.kafka.model_copy(update={"bootstrap_servers": [broker.bootstrap]})
+                asyncio.run(app.run(settings.model_copy(update={"kafka": kafka}), embedded=True))
+        else:
+            asyncio.run(app.run(settings))
+    except InferstreamError as caught:
+        error = caught
+    if error is not None:
+        print(f"inferstream: error: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A model that was still loading, or a batch that hangs on the device, must not hold the exit.
+    os._exit(error.exit_code if error is not None else 0)

@@ -1,0 +1,120 @@
+"""OffsetCommit with the identity of the epoch that did the work.
+
+aiokafka's own ``commit()`` retries for ever and reads generation and member at send time.  Here each attempt
+checks the captured identity first and is sent with it, so that the broker refuses what an ended epoch sends
+even if the check and the send are separated by a rebalance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import (
+    GroupAuthorizationFailedError,
+    IllegalGenerationError,
+    KafkaError,
+    NotCoordinatorForGroupError,
+    RebalanceInProgressError,
+    TopicAuthorizationFailedError,
+    UnknownMemberIdError,
+    for_code,
+)
+from aiokafka.protocol.commit import OffsetCommitRequest
+
+from inferstream.kafka.epochs import Epoch, current_identity
+
+log = logging.getLogger(__name__)
+
+RETRY_BACKOFF_S = 0.1
+
+
+class EpochEnded(Exception):
+    """The epoch is over: its offsets must not be committed any more."""
+
+
+class CommitFailed(Exception):
+    """The commit did not succeed in its time; it can be tried again on the next tick."""
+
+
+class CommitRefused(CommitFailed):
+    """The broker refuses the commit for want of a right."""
+
+
+_ENDED = (UnknownMemberIdError, IllegalGenerationError, RebalanceInProgressError)
+_REFUSED = (GroupAuthorizationFailedError, TopicAuthorizationFailedError)
+
+
+class Committer:
+    """Commits offsets for an epoch, one commit at a time."""
+
+    def __init__(self, consumer: AIOKafkaConsumer, group_id: str) -> None:
+        self._consumer = consumer
+        self._group_id = group_id
+        self._lock = asyncio.Lock()
+
+    async def commit(
+        self, epoch: Epoch, offsets: Mapping[TopicPartition, tuple[int, str]], timeout_s: float
+    ) -> None:
+        """Commit ``offsets`` (next offset and metadata per partition).
+
+        Raises EpochEnded when the identity has changed or the broker says so, CommitRefused for a missing
+        right, CommitFailed when it was not confirmed within ``timeout_s``.
+        """
+        if not offsets:
+            return
+        last: BaseException | None = None
+        try:
+            async with asyncio.timeout(timeout_s), self._lock:
+                while True:
+                    try:
+                        await self._attempt(epoch, offsets)
+                        return
+                    except _ENDED as error:
+                        raise EpochEnded(str(error)) from error
+                    except _REFUSED as error:
+                        raise CommitRefused(f"{type(error).__name__}: {error}") from error
+                    except KafkaError as error:
+                        last = error
+                        if not error.retriable:
+                            raise CommitFailed(f"{type(error).__name__}: {error}") from error
+                    await asyncio.sleep(RETRY_BACKOFF_S)
+        except TimeoutError:
+            raise CommitFailed(f"not confirmed within {timeout_s:.1f} s ({last!r})") from None
+
+    async def _attempt(
+        self, epoch: Epoch, offsets: Mapping[TopicPartition, tuple[int, str]]
+    ) -> None:
+        coordinator = self._consumer._coordinator
+        await coordinator.ensure_coordinator_known()
+        identity = epoch.identity
+        if not identity.valid or identity != current_identity(self._consumer):
+            raise EpochEnded(f"the group has moved on from generation {identity.generation}")
+        topics: defaultdict[str, list[tuple[int, int, str]]] = defaultdict(list)
+        for tp, (offset, metadata) in offsets.items():
+            topics[tp.topic].append((tp.partition, offset, metadata))
+        request = OffsetCommitRequest(
+            self._group_id,
+            identity.generation,
+            identity.member,
+            OffsetCommitRequest.DEFAULT_RETENTION_TIME,
+            list(topics.items()),
+        )
+        response = await coordinator._send_req(request)
+        for topic, partitions in response.topics:
+            for partition, code in partitions:
+                if code == 0:
+                    continue
+                error = for_code(code)
+                if issubclass(error, NotCoordinatorForGroupError) or error.__name__ in (
+                    "GroupCoordinatorNotAvailableError",
+                    "RequestTimedOutError",
+                ):
+                    coordinator.coordinator_dead()
+                if issubclass(error, UnknownMemberIdError | IllegalGenerationError):
+                    # the heartbeat will hear the same and rejoin; waiting for it would only cost time
+                    coordinator.reset_generation()
+                raise error(f"{topic}:{partition}")

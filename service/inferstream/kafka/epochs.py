@@ -1,0 +1,51 @@
+"""Epochs: who we were when partitions were given to us.
+
+The coordinator fences a commit by (generation, member).  aiokafka reads both at the moment it sends, so a
+commit that was computed before a rebalance and is sent after it goes out under the new identity and may move
+another member's offset.  An epoch therefore captures its identity when its lanes are built, every commit is
+sent with the captured one, and every attempt first checks that it is still current.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from inferstream.lanes import Lane
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A member of one generation of the group, as the coordinator knows it."""
+
+    generation: int
+    member: str
+
+    @property
+    def valid(self) -> bool:
+        """False for (-1, ''): what aiokafka holds after it has lost its session."""
+        return self.generation >= 0 and self.member != ""
+
+
+def current_identity(consumer: AIOKafkaConsumer) -> Identity:
+    """The identity the consumer holds right now."""
+    coordinator = consumer._coordinator
+    return Identity(coordinator.generation, coordinator.member_id)
+
+
+@dataclass(slots=True, eq=False)
+class Epoch:
+    """One assignment: its identity and its lanes.
+
+    ``gate`` opens when every lane has its start offset and that offset is committed; before, nothing is
+    admitted.  ``closing`` means that nothing more is admitted.
+    """
+
+    number: int
+    identity: Identity
+    lanes: dict[TopicPartition, Lane]
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    closing: bool = False
+    opener: asyncio.Task[None] | None = None

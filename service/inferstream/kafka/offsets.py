@@ -1,0 +1,128 @@
+"""Where a partition starts: the policy that ``auto_offset_reset`` is not.
+
+A start is decided once and committed before the first record is admitted, so that a crash before the first
+ordinary commit finds the same start again (with ``latest`` it would otherwise skip what arrived meanwhile).
+
+Each commit carries ``partitions=N`` in its metadata: how many partitions the topic had when the group first
+read it.  A partition numbered N or above that has no commit was born later, and is read from its beginning
+whatever ``input.start`` says; partition counts never shrink, so members starting at the same time cannot
+take each other's fresh commits for an old group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from inferstream.errors import InferstreamError
+
+Start = Literal["earliest", "latest", "error"]
+_FIRST_PARTITIONS = "partitions="
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A committed offset with its metadata."""
+
+    offset: int
+    metadata: str
+
+    @property
+    def first_partitions(self) -> int | None:
+        for word in self.metadata.split(";"):
+            if word.startswith(_FIRST_PARTITIONS) and word[len(_FIRST_PARTITIONS) :].isdigit():
+                return int(word[len(_FIRST_PARTITIONS) :])
+        return None
+
+
+def commit_metadata(first_partitions: int) -> str:
+    return f"{_FIRST_PARTITIONS}{first_partitions}"
+
+
+def starts(
+    assigned: set[TopicPartition],
+    partitions: Mapping[str, int],
+    committed: Mapping[TopicPartition, Committed],
+    start: Start,
+) -> dict[TopicPartition, int | Literal["beginning", "end", "error"]]:
+    """Decide the start of each assigned partition: an offset, or which end of the log to look up."""
+    decided: dict[TopicPartition, int | Literal["beginning", "end", "error"]] = {}
+    for tp in assigned:
+        if tp in committed:
+            decided[tp] = committed[tp].offset
+        elif start == "earliest" or tp.partition >= first_partitions(tp.topic, partitions, committed):
+            decided[tp] = "beginning"
+        else:
+            decided[tp] = "end" if start == "latest" else "error"
+    return decided
+
+
+def first_partitions(
+    topic: str, partitions: Mapping[str, int], committed: Mapping[TopicPartition, Committed]
+) -> int:
+    """How many partitions ``topic`` had when the group first read it."""
+    noted = [
+        first
+        for tp, entry in committed.items()
+        if tp.topic == topic and (first := entry.first_partitions) is not None
+    ]
+    return min(noted, default=partitions.get(topic, 0))
+
+
+class NoStartOffset(InferstreamError):
+    """``input.start: error`` and the group has no offset for a partition."""
+
+
+class OffsetLost(InferstreamError):
+    """The committed offset is no longer in the log and ``input.on_lost_range`` is ``stop``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What an epoch starts with: positions, which of them are not committed yet, and the metadata to keep."""
+
+    positions: dict[TopicPartition, int]
+    fresh: set[TopicPartition]
+    metadata: dict[str, str]
+
+
+async def open_positions(
+    consumer: AIOKafkaConsumer,
+    group_id: str,
+    assigned: set[TopicPartition],
+    start: Start,
+    timeout_ms: int,
+) -> Opening:
+    """Look up committed offsets and the ends of the log, and apply the policy.
+
+    Raises NoStartOffset, or aiokafka's KafkaError.
+    """
+    partitions: dict[str, int] = {}
+    for topic in {tp.topic for tp in assigned}:
+        partitions[topic] = len(consumer.partitions_for_topic(topic) or ())
+    everything = {TopicPartition(topic, n) for topic, count in partitions.items() for n in range(count)}
+    fetched = await consumer._coordinator.fetch_committed_offsets(list(everything | assigned))
+    committed = {tp: Committed(entry.offset, entry.metadata or "") for tp, entry in fetched.items()}
+    decided = starts(assigned, partitions, committed, start)
+    missing = sorted(tp for tp, where in decided.items() if where == "error")
+    if missing:
+        raise NoStartOffset(
+            f"input.start is 'error' and group {group_id!r} has no committed offset for "
+            f"{', '.join(f'{tp.topic}:{tp.partition}' for tp in missing)}: set input.start to earliest or latest, "
+            "or commit a start with kafka-consumer-groups --reset-offsets"
+        )
+    beginning = [tp for tp, where in decided.items() if where == "beginning"]
+    end = [tp for tp, where in decided.items() if where == "end"]
+    found: dict[TopicPartition, int] = {}
+    if beginning:
+        found |= await consumer._fetcher.beginning_offsets(beginning, timeout_ms)
+    if end:
+        found |= await consumer._fetcher.end_offsets(end, timeout_ms)
+    positions = {tp: where if isinstance(where, int) else found[tp] for tp, where in decided.items()}
+    metadata = {
+        topic: commit_metadata(first_partitions(topic, partitions, committed)) for topic in partitions
+    }
+    return Opening(positions, set(found), metadata)

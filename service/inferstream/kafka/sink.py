@@ -1,0 +1,297 @@
+"""The sink: one sender per output partition, batches below the topic's limit, errors by rule.
+
+Each sender keeps one batch on the way and collects the next behind it, so what it is given comes out in that
+order.  The producer is idempotent; after an error that it does not retry itself its sequence numbers have a
+hole and the broker would refuse every later batch of that partition, so the producer is thrown away: release
+stops, the healthy batches are awaited, a new producer is made, and what is not acknowledged is sent again in
+order.  A refused batch of several records is halved until the refused record is alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import (
+    KafkaError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    TopicAuthorizationFailedError,
+    UnknownError,
+    UnknownTopicOrPartitionError,
+)
+from aiokafka.partitioner import murmur2
+
+from inferstream.documents import Kind, Outgoing
+from inferstream.errors import KafkaRefused
+from inferstream.lanes import DROPPED, Slot
+
+log = logging.getLogger(__name__)
+
+BATCH_BYTES = 512 * 1024  # what one request to one partition carries at most
+BATCH_OVERHEAD = 256  # batch header and what compression may add to a batch that does not compress
+REFUSED_FOR_S = 60.0
+ERROR_BACKOFF_S = 0.5
+STOP_TIMEOUT_S = 5.0
+
+# INVALID_RECORD (87, say a compacted topic and no key) is one of the codes that aiokafka 0.14 reports as UnknownError
+_REFUSES_THE_RECORD = (MessageSizeTooLargeError, RecordListTooLargeError, UnknownError)
+UNKNOWN_ERROR_STRIKES = 3  # UnknownError may also be a passing server error: refused only when it repeats
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTopic:
+    """Where one kind of record goes: name, partition count and the broker's limit for one batch in bytes."""
+
+    name: str
+    partitions: int
+    max_message_bytes: int
+
+
+class Acknowledgements(Protocol):
+    """Who hears what became of a record, on the event loop."""
+
+    def acknowledged(self, slots: list[tuple[Slot, Outgoing]]) -> None: ...
+
+    def refused(self, slot: Slot, outgoing: Outgoing, error: KafkaError) -> Outgoing:
+        """A record that the broker will never take: what to send instead.  Raises to end the process."""
+        ...
+
+
+class _Sender:
+    """Publishes to one partition, in the order it is given."""
+
+    def __init__(self, sink: Sink, topic: OutputTopic, partition: int) -> None:
+        self._sink = sink
+        self._topic = topic
+        self._partition = partition
+        self.queue: deque[tuple[Slot, Outgoing]] = deque()
+        self.sending = 0  # how many at the head of the queue are with the producer
+        self._limit = 0  # at most this many records in the next batch; 0 = no limit (no refusal under way)
+        self._strikes = 0  # how often the record at the head was refused alone
+        self._wake = asyncio.Event()
+        self.task = asyncio.create_task(self._run(), name=f"send-{topic.name}-{partition}")
+
+    def put(self, slot: Slot, outgoing: Outgoing) -> None:
+        self.queue.append((slot, outgoing))
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def forget_dropped(self) -> None:
+        """Take out what was not handed to the producer and belongs to an ended epoch."""
+        handed = self.sending
+        kept = [entry for n, entry in enumerate(self.queue) if n < handed or entry[0].state != DROPPED]
+        self.queue = deque(kept)
+
+    async def _run(self) -> None:
+        while True:
+            if not self.queue:
+                self._wake.clear()
+                await self._wake.wait()
+            await self._sink.producing.wait()
+            if self.queue:
+                await self._send()
+
+    async def _send(self) -> None:
+        producer = self._sink.producer
+        batch = producer.create_batch()
+        limit = min(BATCH_BYTES, self._topic.max_message_bytes - BATCH_OVERHEAD)
+        now = int(time.time() * 1000)  # a record's timestamp is its production time
+        size = count = 0
+        for _, outgoing in self.queue:
+            grown = size + outgoing.size
+            if count and (grown > limit or count == self._limit):
+                break
+            taken = batch.append(
+                timestamp=now, key=outgoing.key, value=outgoing.value, headers=list(outgoing.headers)
+            )
+            if taken is None:
+                break
+            size, count = grown, count + 1
+        batch.close()
+        self.sending = count
+        handed_over = False
+        self._sink.left()
+        try:
+            future = await producer.send_batch(batch, self._topic.name, partition=self._partition)
+            handed_over = True
+            await future
+        except KafkaError as error:
+            if handed_over:  # its sequence numbers are used up: the next batch of this partition would be refused
+                self._sink.replace(producer)
+            self._failed(error, count)
+        else:
+            entries = [self.queue.popleft() for _ in range(count)]
+            self._limit = max(0, self._limit - count)
+            self._strikes = 0
+            self._sink.acknowledged(entries)
+        finally:
+            self.sending = 0
+            self._sink.came_back()
+        if not handed_over:
+            await asyncio.sleep(ERROR_BACKOFF_S)
+
+    def _failed(self, error: KafkaError, count: int) -> None:
+        where = f"{self._topic.name}:{self._partition}"
+        if not isinstance(error, _REFUSES_THE_RECORD):
+            log.warning(
+                "publishing failed; sending again", extra={"to": where, "error": repr(error), "records": count}
+            )
+            self._sink.count_refusal(error, where)
+            return
+        if count > 1:
+            log.warning("a batch was refused; splitting it", extra={"to": where, "records": count})
+            self._limit = count // 2
+            return
+        self._strikes += 1
+        self._limit = 1
+        if self._strikes >= (UNKNOWN_ERROR_STRIKES if isinstance(error, UnknownError) else 1):
+            self._strikes = self._limit = 0
+            slot, outgoing = self.queue.popleft()
+            self._sink.reroute(slot, outgoing, error)
+
+
+class Sink:
+    """Publishes results and dead letters and tells who waits for them."""
+
+    def __init__(
+        self,
+        make_producer: Callable[[], AIOKafkaProducer],
+        output: OutputTopic,
+        dead_letters: OutputTopic,
+        input_partitions: Mapping[str, int],
+        acknowledgements: Acknowledgements,
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self._make_producer = make_producer
+        self._output = output
+        self._dead_letters = dead_letters
+        self._input_partitions = input_partitions
+        self._acknowledgements = acknowledgements
+        self._failed = failed
+        self._senders: dict[tuple[str, int], _Sender] = {}
+        self._replacing: asyncio.Task[None] | None = None
+        self._refused_since: float | None = None
+        self.producer: AIOKafkaProducer = make_producer()
+        self.producing = asyncio.Event()
+        self._in_flight = 0
+        self._quiet = asyncio.Event()  # nothing is with the producer
+        self._quiet.set()
+
+    async def start(self) -> None:
+        """Connect; raises aiokafka's KafkaError, which the caller retries."""
+        await self.producer.start()
+        self.producing.set()
+
+    async def stop(self, timeout_s: float) -> None:
+        """Stop the senders and the producer; what is not acknowledged is not committed and comes again."""
+        tasks: list[asyncio.Task[Any]] = [sender.task for sender in self._senders.values()]
+        if self._replacing is not None:
+            tasks.append(self._replacing)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await _stop_producer(self.producer, timeout_s)
+
+    def send(self, slot: Slot, outgoing: Outgoing) -> None:
+        """Queue a record behind what its partition was given before."""
+        topic = self._dead_letters if outgoing.kind is Kind.DEAD_LETTER else self._output
+        partition = self._partition(slot, outgoing, topic)
+        sender = self._senders.get((topic.name, partition))
+        if sender is None:
+            sender = self._senders[topic.name, partition] = _Sender(self, topic, partition)
+            sender.task.add_done_callback(self._ended)
+        sender.put(slot, outgoing)
+
+    def forget_dropped(self) -> None:
+        for sender in self._senders.values():
+            sender.forget_dropped()
+
+    @property
+    def queued(self) -> int:
+        return sum(len(sender.queue) for sender in self._senders.values())
+
+    def left(self) -> None:
+        """A batch goes to the producer."""
+        self._in_flight += 1
+        self._quiet.clear()
+
+    def came_back(self) -> None:
+        """A batch was answered."""
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._quiet.set()
+
+    def acknowledged(self, entries: list[tuple[Slot, Outgoing]]) -> None:
+        self._refused_since = None
+        self._acknowledgements.acknowledged(entries)
+
+    def reroute(self, slot: Slot, outgoing: Outgoing, error: KafkaError) -> None:
+        if slot.state != DROPPED:
+            self.send(slot, self._acknowledgements.refused(slot, outgoing, error))
+
+    def count_refusal(self, error: KafkaError, where: str) -> None:
+        """End the process when a missing right or topic has lasted for too long."""
+        if not isinstance(error, TopicAuthorizationFailedError | UnknownTopicOrPartitionError):
+            return
+        now = time.monotonic()
+        if self._refused_since is None:
+            self._refused_since = now
+        elif now - self._refused_since > REFUSED_FOR_S:
+            raise KafkaRefused(
+                f"publishing to {where} has been refused for {REFUSED_FOR_S:.0f} s: {type(error).__name__}; "
+                "grant WRITE on the topic, or create it"
+            )
+
+    def replace(self, producer: AIOKafkaProducer) -> None:
+        """Throw the producer away, once, and make a new one."""
+        if producer is self.producer and self.producing.is_set():
+            self.producing.clear()
+            self._replacing = asyncio.create_task(self._replace(producer), name="replace-producer")
+            self._replacing.add_done_callback(self._ended)
+
+    async def _replace(self, old: AIOKafkaProducer) -> None:
+        # The senders whose batches are healthy get their answers from the old producer; the others come
+        # back with errors and wait at `producing`.
+        await self._quiet.wait()
+        await _stop_producer(old, STOP_TIMEOUT_S)
+        while True:
+            fresh = self._make_producer()
+            try:
+                await fresh.start()
+                break
+            except KafkaError as error:
+                log.warning("no new producer yet; trying again", extra={"error": repr(error)})
+                await _stop_producer(fresh, STOP_TIMEOUT_S)
+                await asyncio.sleep(ERROR_BACKOFF_S)
+        self.producer = fresh
+        self.producing.set()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failed(error)
+
+    def _partition(self, slot: Slot, outgoing: Outgoing, topic: OutputTopic) -> int:
+        lane = slot.lane
+        if self._input_partitions.get(lane.topic) == topic.partitions:
+            return int(lane.partition)
+        if outgoing.key is not None:
+            return int((murmur2(outgoing.key) & 0x7FFFFFFF) % topic.partitions)
+        return int(lane.partition % topic.partitions)
+
+
+async def _stop_producer(producer: AIOKafkaProducer, timeout_s: float) -> None:
+    """An idempotent producer's stop() waits for its batches, for ever when the brokers are away."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await producer.stop()
+    except TimeoutError:
+        log.warning("a producer did not stop in time and is abandoned")
+    except KafkaError as error:
+        log.warning("a producer stopped with an error", extra={"error": repr(error)})

@@ -1,0 +1,413 @@
+"""The source: polls what there is credit for, and keeps the epochs.
+
+One task calls ``getmany`` and nothing else does; it is never cancelled while it runs, because a cancelled
+``getmany`` leaves aiokafka's liveness check off for good.  Records are admitted in the same step of the event
+loop in which ``getmany`` moved the position, so a position never runs ahead of what a lane has seen.
+
+aiokafka 0.14 rebalances eagerly: every rebalance revokes and assigns all partitions, and ``getmany`` may give
+records before ``on_partitions_assigned`` has returned.  Hence the epochs and their gate (see ``epochs.py``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
+from aiokafka.errors import (
+    GroupAuthorizationFailedError,
+    IllegalStateError,
+    KafkaError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+    TopicAuthorizationFailedError,
+)
+
+from inferstream.errors import InferstreamError, KafkaRefused
+from inferstream.kafka.commit import CommitFailed, Committer, CommitRefused, EpochEnded
+from inferstream.kafka.connection import client_options
+from inferstream.kafka.epochs import Epoch, current_identity
+from inferstream.kafka.offsets import OffsetLost, Opening, open_positions
+from inferstream.lanes import Lane
+from inferstream.settings import Settings
+
+log = logging.getLogger(__name__)
+
+NOTHING = TopicPartition("__none__", 0)  # polling it keeps the member alive and leaves prefetched data alone
+MAX_RECORDS = 500  # decoding is synchronous, ~2.5 µs a record: bounds how long one poll holds the loop
+POLL_TIMEOUT_MS = 200
+KEEP_ALIVE_S = 1.0
+ERROR_BACKOFF_S = 0.5
+REFUSED_FOR_S = 60.0  # how long refusals may last before they end the process
+COMMIT_RESERVE_S = 0.25  # the share of the revoke's time that is kept for its commit
+_NEVER_MS = 24 * 3600 * 1000
+
+
+class Intake(Protocol):
+    """What the source needs of the pipeline."""
+
+    def open_lane(self, lane: Lane) -> None: ...
+
+    def poll_limit(self, lanes: Sequence[Lane]) -> tuple[Sequence[Lane], int]:
+        """The lanes that may be polled and how many records there is credit for."""
+        ...
+
+    def admit(self, lane: Lane, records: Sequence[Any]) -> None: ...
+
+    async def wait_for_credit(self, timeout_s: float) -> None: ...
+
+    async def close_lanes(self, lanes: Sequence[Lane], timeout_s: float) -> bool:
+        """Finish what fits; True when everything that was kept has been acknowledged."""
+        ...
+
+    def drop_lanes(self, lanes: Sequence[Lane]) -> None:
+        """Forget what is left of the lanes and give its credit back."""
+        ...
+
+    def committed(self, lane: Lane, settled: int) -> None:
+        """The group's offset now covers the first ``settled`` slots of the lane."""
+        ...
+
+
+class SourceListener(Protocol):
+    """Who counts what happens to the group."""
+
+    def assigned(self, lanes: Sequence[Lane]) -> None: ...
+
+    def revoked(self, lanes: Sequence[Lane]) -> None: ...
+
+    def commit_ended(self, outcome: str) -> None: ...
+
+
+class Source(ConsumerRebalanceListener):
+    """Reads the input topics for one pipeline."""
+
+    def __init__(self, settings: Settings, intake: Intake, listener: SourceListener) -> None:
+        kafka, entry = settings.kafka, settings.input
+        self._settings = settings
+        self._intake = intake
+        self._listener = listener
+        # Every argument whose default facts have proven dangerous is spelled out.
+        self.consumer = AIOKafkaConsumer(
+            **client_options(kafka),
+            group_id=kafka.group_id,
+            group_instance_id=kafka.group_instance_id,
+            client_rack=kafka.client_rack,
+            enable_auto_commit=False,  # only acknowledged work is committed
+            auto_offset_reset="none",  # a reset would skip or repeat silently; see offsets.py
+            isolation_level=entry.isolation,
+            session_timeout_ms=kafka.session_timeout_ms,
+            heartbeat_interval_ms=kafka.heartbeat_interval_ms,
+            rebalance_timeout_ms=kafka.rebalance_timeout_ms,
+            max_poll_interval_ms=_NEVER_MS,  # client side only; our own watchdog judges progress
+            fetch_max_bytes=kafka.fetch_max_bytes,
+            max_partition_fetch_bytes=kafka.max_partition_fetch_bytes,
+            fetch_max_wait_ms=100,
+            check_crcs=True,
+            partition_assignment_strategy=(StickyPartitionAssignor,),
+            key_deserializer=None,  # a deserialiser that raises is refetched for ever
+            value_deserializer=None,
+        )
+        self._committer = Committer(self.consumer, kafka.group_id)
+        self._epoch: Epoch | None = None
+        self._closing_epoch: Epoch | None = None
+        self._epochs = 0
+        self._metadata: dict[str, str] = {}
+        self._committed: dict[Lane, int] = {}
+        self._stopping = False
+        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._refused_since: float | None = None
+        self.rebalancing = False
+        self.last_admitted = time.monotonic()
+
+    async def start(self) -> None:
+        """Join the group; raises aiokafka's KafkaError, which the caller retries."""
+        await self.consumer.start()
+
+    def subscribe(self) -> None:
+        self.consumer.subscribe(topics=self._settings.input.topics, listener=self)
+
+    async def stop(self, timeout_s: float) -> None:
+        """Leave the group and close the connections."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.consumer.stop()
+        except (TimeoutError, KafkaError) as error:
+            log.warning("leaving the group did not end in time", extra={"error": repr(error)})
+
+    @property
+    def lanes(self) -> list[Lane]:
+        return list(self._epoch.lanes.values()) if self._epoch is not None else []
+
+    def failures(self) -> asyncio.Future[None]:
+        """Ends with the error that ends the process."""
+        return self._lost
+
+    # ---- polling
+
+    async def run(self) -> None:
+        """Poll until :meth:`drain`; raises what ends the process."""
+        while not self._stopping:
+            try:
+                await self._poll()
+                self._refused_since = None
+            except (TopicAuthorizationFailedError, GroupAuthorizationFailedError) as error:
+                self._refused(error)
+                await asyncio.sleep(ERROR_BACKOFF_S)
+            except OffsetOutOfRangeError as error:
+                await self._out_of_range(error)
+            except NoOffsetForPartitionError:
+                continue  # raised for a partition that the epoch's opener is about to seek
+            except IllegalStateError:
+                await asyncio.sleep(0)  # the assignment changed under the call
+            except KafkaError as error:
+                if not error.retriable and "Unexpected error during coordination" in str(error):
+                    raise  # aiokafka's coordination task is dead
+                log.warning("polling failed; trying again", extra={"error": repr(error)})
+                await asyncio.sleep(ERROR_BACKOFF_S)
+
+    async def _poll(self) -> None:
+        epoch = self._epoch
+        limit = 0
+        eligible: Sequence[Lane] = ()
+        if epoch is not None and epoch.gate.is_set() and not epoch.closing:
+            eligible, limit = self._intake.poll_limit(list(epoch.lanes.values()))
+        if epoch is None or not eligible or limit <= 0:
+            await self.consumer.getmany(NOTHING, timeout_ms=0)
+            await self._intake.wait_for_credit(KEEP_ALIVE_S)
+            return
+        partitions = [TopicPartition(lane.topic, lane.partition) for lane in eligible]
+        fetched = await self.consumer.getmany(
+            *partitions, timeout_ms=POLL_TIMEOUT_MS, max_records=min(limit, MAX_RECORDS)
+        )
+        # No await from here on: the positions have moved.
+        if epoch is not self._epoch or epoch.closing:
+            return  # fetched for an ended epoch: dropped, its watermarks stay below these records
+        for tp, records in fetched.items():
+            lane = epoch.lanes.get(tp)
+            if lane is not None:
+                self._intake.admit(lane, records)
+                self.last_admitted = time.monotonic()
+        for lane in eligible:
+            if not len(lane):
+                self._advance(lane)
+
+    def _advance(self, lane: Lane) -> None:
+        """Let an empty lane follow the position over transaction markers and compacted records."""
+        tp = TopicPartition(lane.topic, lane.partition)
+        assignment = self.consumer._subscription.subscription.assignment
+        state = assignment.state_value(tp) if assignment is not None else None
+        if state is not None and state.has_valid_position and state.position > lane.position:
+            lane.advance(state.position)
+
+    def _refused(self, error: KafkaError) -> None:
+        now = time.monotonic()
+        if self._refused_since is None:
+            self._refused_since = now
+            log.error("Kafka refuses", extra={"error": repr(error)})
+        elif now - self._refused_since > REFUSED_FOR_S:
+            raise KafkaRefused(
+                f"Kafka has refused for {REFUSED_FOR_S:.0f} s: {type(error).__name__} {error}; "
+                f"grant READ on the input topics and on group {self._settings.kafka.group_id!r}"
+            )
+
+    async def _out_of_range(self, error: OffsetOutOfRangeError) -> None:
+        offsets: dict[TopicPartition, int] = dict(error.args[0]) if error.args else {}
+        named = ", ".join(f"{tp.topic}:{tp.partition}:{offset}" for tp, offset in offsets.items())
+        if self._settings.input.on_lost_range == "stop":
+            raise OffsetLost(
+                f"{named or 'an offset'} is no longer in the log: records were deleted before they were processed "
+                "(retention too short, or the topic was recreated); set input.on_lost_range=skip to go on at the "
+                "oldest record, or reset the group's offsets"
+            )
+        epoch = self._epoch
+        if epoch is None:
+            return
+        found = await self.consumer.beginning_offsets(list(offsets))
+        for tp, beginning in found.items():
+            lane = epoch.lanes.get(tp)
+            if lane is None or epoch is not self._epoch or epoch.closing:
+                continue
+            log.error(
+                "records were lost before they were processed",
+                extra={"topic": tp.topic, "partition": tp.partition, "from": offsets[tp], "to": beginning},
+            )
+            self.consumer.seek(tp, beginning)
+            if beginning > lane.position:
+                lane.advance(beginning)
+
+    # ---- epochs
+
+    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+        """Build lanes only: aiokafka sends no heartbeat while this runs."""
+        self.rebalancing = False
+        identity = current_identity(self.consumer)
+        if not identity.valid:
+            log.warning("an assignment without an identity is ignored")
+            return
+        self._epochs += 1
+        ordered = self._settings.delivery.order == "partition"
+        lanes = {tp: Lane(tp.topic, tp.partition, self._epochs, 0, ordered=ordered) for tp in sorted(assigned)}
+        epoch = Epoch(self._epochs, identity, lanes)
+        self._epoch = epoch
+        epoch.opener = asyncio.create_task(self._open(epoch), name="open-epoch")
+        epoch.opener.add_done_callback(self._opened)
+        log.info(
+            "assigned", extra={"generation": identity.generation, "partitions": [f"{t}:{p}" for t, p in lanes]}
+        )
+
+    def _opened(self, opener: asyncio.Task[None]) -> None:
+        if not opener.cancelled() and (error := opener.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._lost.done():
+            self._lost.set_exception(error)
+
+    async def _open(self, epoch: Epoch) -> None:
+        """Find the start of every lane, seek, commit the start, open the gate."""
+        assigned = set(epoch.lanes)
+        if assigned:
+            opening = await self._find_positions(epoch, assigned)
+            if opening is None:
+                return
+            self._metadata |= opening.metadata
+            for tp, position in opening.positions.items():
+                self.consumer.seek(tp, position)
+                epoch.lanes[tp].advance(position)
+            fresh = {
+                tp: (position, self._metadata.get(tp.topic, ""))
+                for tp, position in opening.positions.items()
+                if tp in opening.fresh
+            }
+            while fresh:
+                try:
+                    await self._committer.commit(epoch, fresh, self._commit_timeout_s)
+                    break
+                except EpochEnded:
+                    return
+                except CommitFailed as error:
+                    log.warning("the start offsets are not committed yet", extra={"error": str(error)})
+                    if isinstance(error, CommitRefused):
+                        self._refused(error.__cause__ or error)  # type: ignore[arg-type]  # a KafkaError
+                    await asyncio.sleep(ERROR_BACKOFF_S)
+        if epoch is not self._epoch or epoch.closing:
+            return
+        for tp, lane in epoch.lanes.items():
+            self._committed[lane] = lane.watermark
+            self._intake.open_lane(epoch.lanes[tp])
+        self._listener.assigned(list(epoch.lanes.values()))
+        epoch.gate.set()
+
+    async def _find_positions(self, epoch: Epoch, assigned: set[TopicPartition]) -> Opening | None:
+        while epoch is self._epoch and not epoch.closing:
+            try:
+                return await open_positions(
+                    self.consumer,
+                    self._settings.kafka.group_id,
+                    assigned,
+                    self._settings.input.start,
+                    self._settings.kafka.request_timeout_ms,
+                )
+            except InferstreamError:
+                raise
+            except KafkaError as error:
+                log.warning("start offsets are not to be had yet", extra={"error": repr(error)})
+                if isinstance(error, TopicAuthorizationFailedError | GroupAuthorizationFailedError):
+                    self._refused(error)
+                await asyncio.sleep(ERROR_BACKOFF_S)
+        return None
+
+    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+        """Finish what fits, settle it, forget the rest; never raises and ends within the revoke's time."""
+        self.rebalancing = True
+        epoch, self._epoch = self._epoch, None
+        if epoch is None:
+            return
+        log.info("revoked", extra={"generation": epoch.identity.generation, "partitions": len(revoked)})
+        try:
+            await self._close(epoch, self._settings.delivery.revoke_timeout_s)
+        except Exception:
+            log.exception("closing an epoch failed; what was not committed will be read again")
+            self._intake.drop_lanes(list(epoch.lanes.values()))
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Stop polling, finish and settle what fits ``timeout_s``; True when all that was kept is committed."""
+        self._stopping = True
+        epoch, self._epoch = self._epoch, None
+        return await self._close(epoch, timeout_s) if epoch is not None else True
+
+    async def _close(self, epoch: Epoch, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        epoch.closing = True
+        if epoch.opener is not None and not epoch.opener.done():
+            epoch.opener.cancel()
+        lanes = list(epoch.lanes.values())
+        clean = True
+        if epoch.gate.is_set():
+            self._listener.revoked(lanes)
+            if epoch.identity == current_identity(self.consumer):
+                self._closing_epoch = epoch  # ticks go on: release may be waiting for a commit
+                clean = await self._intake.close_lanes(lanes, timeout_s * (1 - COMMIT_RESERVE_S))
+                self._closing_epoch = None
+                self._intake.drop_lanes(lanes)
+                clean &= await self._settle(epoch, max(0.1, deadline - time.monotonic()))
+            else:
+                log.warning("the group went on without this member; its work in flight is dropped")
+                clean = False
+        self._intake.drop_lanes(lanes)
+        for lane in lanes:
+            self._committed.pop(lane, None)
+        return clean
+
+    # ---- settling
+
+    @property
+    def _commit_timeout_s(self) -> float:
+        return self._settings.delivery.revoke_timeout_s * COMMIT_RESERVE_S
+
+    async def settle(self) -> bool:
+        """Commit the watermarks that moved since the last commit.  Called on every tick."""
+        epoch = self._closing_epoch or self._epoch
+        if epoch is None or not epoch.gate.is_set():
+            return True
+        return await self._settle(epoch, self._commit_timeout_s)
+
+    async def _settle(self, epoch: Epoch, timeout_s: float) -> bool:
+        moved = {
+            tp: lane
+            for tp, lane in epoch.lanes.items()
+            if lane in self._committed and lane.watermark > self._committed[lane]
+        }
+        if not moved:
+            return True
+        offsets = {tp: (lane.watermark, self._metadata.get(tp.topic, "")) for tp, lane in moved.items()}
+        settled = {lane: lane.settled for lane in moved.values()}
+        try:
+            await self._committer.commit(epoch, offsets, timeout_s)
+        except EpochEnded as error:
+            self._listener.commit_ended("epoch_ended")
+            log.warning("not committed: the epoch has ended", extra={"error": str(error)})
+            return False
+        except CommitRefused as error:
+            self._listener.commit_ended("refused")
+            self._refused(error.__cause__ or error)  # type: ignore[arg-type]  # a KafkaError
+            return False
+        except CommitFailed as error:
+            self._listener.commit_ended("failed")
+            log.warning("not committed; trying again", extra={"error": str(error)})
+            return False
+        self._listener.commit_ended("committed")
+        for tp, lane in moved.items():
+            offset = offsets[tp][0]
+            if lane in self._committed:
+                self._committed[lane] = offset
+            self._intake.committed(lane, settled[lane])
+        return True
+
+    def committed_offset(self, lane: Lane) -> int | None:
+        return self._committed.get(lane)

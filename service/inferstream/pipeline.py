@@ -1,0 +1,452 @@
+"""The stages wired together: read this first.
+
+    source --admit--> lanes --> prepare --> window --> batches --> device --> finish --> release --> sink
+      ^                                                                                                |
+      |________ credit ______________________ acknowledged ____________________________________________|
+
+Every record that is polled takes credit and a slot in its lane.  Worker threads decode and tokenise it in
+chunks; prepared documents wait in the window until a staging slot of the device is free; the device's rows are
+finished in the worker threads; the completed head run of each lane goes to the sink, in order; the broker's
+acknowledgement frees the slot, gives the credit back and moves the lane's watermark, which the source commits.
+
+All methods here run on the event loop and none of them parses, tokenises, serialises or computes: they move
+references.  Queues are bounded by credit: what holds no credit is in no queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from aiokafka.errors import KafkaError
+
+from inferstream.batching import Item, Window
+from inferstream.codec import Codec
+from inferstream.credit import Credit
+from inferstream.device import Device
+from inferstream.device.stage import DeviceStage
+from inferstream.documents import Document, Kind, Outgoing, Prepared, Reason, Rejected, Stage
+from inferstream.errors import DeadLetterRefused, OutOfMemory
+from inferstream.kafka.sink import Sink
+from inferstream.lanes import ADMITTED, DROPPED, Lane, Slot
+from inferstream.settings import Settings
+from inferstream.tasks import Task
+from inferstream.telemetry.metrics import Metrics
+from inferstream.workers import FINISH, PREPARE, Workers
+
+log = logging.getLogger(__name__)
+
+CHUNK_RECORDS = 64  # what one worker prepares at a time: large enough to pay for the hand-over,
+CHUNK_BYTES = 256 * 1024  # small enough that a chunk of long documents does not hold its mates back
+RECORD_OVERHEAD = 512  # host memory of a record's objects beside its bytes
+CLOSING_SHARE = 0.7  # of the time a closing has, how much is planned with: estimates err
+RATE_MEMORY = 0.9  # exponential memory of the measured seconds per document, per batch
+
+
+class Job:
+    """A prepared document under way: its rows arrive chunk by chunk, from one batch or several."""
+
+    __slots__ = ("attempts", "missing", "prepared", "rows", "slot")
+
+    def __init__(self, slot: Slot, prepared: Prepared) -> None:
+        self.slot = slot
+        self.prepared = prepared
+        self.rows: list[Any] = [None] * len(prepared.chunks)
+        self.missing = len(prepared.chunks)
+        self.attempts = 1
+
+
+class Pipeline:
+    """One worker's flow from admitted records to acknowledged results.
+
+    ``failed`` is called with the error that has to end the process.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        codec: Codec,
+        task: Task,
+        device: Device,
+        metrics: Metrics,
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        assert settings.batch.max_tokens and settings.buffer.max_documents  # resolved at start
+        assert settings.buffer.max_bytes and settings.buffer.max_tokens and settings.prepare.threads
+        self._loop = loop
+        self._codec = codec
+        self._task = task
+        self._metrics = metrics
+        self._failed = failed
+        self._linger_s = settings.batch.linger_ms / 1000
+        self._max_uncommitted = settings.delivery.max_uncommitted_documents
+        self._strip_oversize = settings.dead_letter.oversize == "strip"
+        self.credit = Credit(
+            settings.buffer.max_documents,
+            settings.buffer.max_bytes,
+            settings.buffer.max_tokens,
+            settings.buffer.max_lane_share,
+        )
+        self.window = Window(settings.batch.max_tokens)
+        self.workers = Workers(settings.prepare.threads, loop, failed)
+        self.stage = DeviceStage(device, self, loop)
+        self.sink: Sink | None = None
+        self._lanes: set[Lane] = set()
+        self._closing: set[Lane] = set()
+        self._committed: dict[Lane, int] = {}  # how many of a lane's slots are settled and committed
+        self._linger: asyncio.TimerHandle | None = None
+        self._credit_freed = asyncio.Event()
+        self._moved = asyncio.Event()  # a slot was acknowledged
+        self.commit_due = asyncio.Event()  # half of what may be uncommitted is
+        self._seconds_per_document = 0.0
+        self._full_tokens = settings.batch.max_tokens
+        self.last_progress = time.monotonic()
+
+    # ---- credit and admission (called by the source)
+
+    def open_lane(self, lane: Lane) -> None:
+        self._lanes.add(lane)
+        self._committed[lane] = 0
+        self.credit.open_lane(lane)
+
+    def poll_limit(self, lanes: Sequence[Lane]) -> tuple[Sequence[Lane], int]:
+        return self.credit.poll_limit(lanes)
+
+    async def wait_for_credit(self, timeout_s: float) -> None:
+        self._credit_freed.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._credit_freed.wait()
+        except TimeoutError:
+            pass
+
+    def admit(self, lane: Lane, records: Sequence[Any]) -> None:
+        """Give each record a slot and send chunks of them to be prepared."""
+        chunk: list[Slot] = []
+        size = 0
+        for record in records:
+            weight = RECORD_OVERHEAD + len(record.value or b"") + len(record.key or b"")
+            self.credit.take(lane, weight)
+            slot = lane.admit(record, weight)
+            if chunk and (len(chunk) == CHUNK_RECORDS or size + weight > CHUNK_BYTES):
+                self.workers.submit(PREPARE, self._prepare, chunk, self._prepared)
+                chunk, size = [], 0
+            chunk.append(slot)
+            size += weight
+        if chunk:
+            self.workers.submit(PREPARE, self._prepare, chunk, self._prepared)
+        self._metrics.records_consumed(lane.topic, len(records))
+
+    # ---- prepare
+
+    def _prepare(self, chunk: list[Slot]) -> list[tuple[Slot, Prepared | Outgoing]]:
+        """In a worker thread: decode and tokenise; what cannot be becomes a dead letter."""
+        started = time.perf_counter()
+        answers: list[tuple[Slot, Prepared | Outgoing]] = []
+        slots: list[Slot] = []
+        documents: list[Document] = []
+        for slot in chunk:
+            if slot.state == DROPPED:
+                continue
+            decoded = self._codec.decode(slot.record)
+            if isinstance(decoded, Document):
+                slots.append(slot)
+                documents.append(decoded)
+            elif isinstance(decoded, Rejected):
+                answers.append((slot, self._codec.dead_letter(slot.record, decoded)))
+            else:
+                answers.append((slot, decoded))
+        for slot, prepared in zip(slots, self._prepare_documents(documents), strict=True):
+            if isinstance(prepared, Rejected):
+                answers.append((slot, self._codec.dead_letter(slot.record, prepared)))
+            else:
+                answers.append((slot, prepared))
+        self._metrics.stage_seconds("prepare", time.perf_counter() - started)
+        return answers
+
+    def _prepare_documents(self, documents: list[Document]) -> list[Prepared | Rejected]:
+        if not documents:
+            return []
+        try:
+            return self._task.prepare(documents)
+        except Exception as error:
+            if len(documents) == 1:
+                return [Rejected(Reason.MODEL_ERROR, f"preparing raised {type(error).__name__}", Stage.PREPARE)]
+        # one of them is bad: alone, it harms only itself
+        return [answer for document in documents for answer in self._prepare_documents([document])]
+
+    def _prepared(self, answers: list[tuple[Slot, Prepared | Outgoing]]) -> None:
+        now = time.monotonic()
+        completed: set[Lane] = set()
+        for slot, answer in answers:
+            if slot.state == DROPPED:
+                continue
+            if isinstance(answer, Outgoing):
+                self._complete(slot, answer, completed)
+                continue
+            self._reweigh(slot, answer.weight, answer.tokens)
+            job = Job(slot, answer)
+            for index, (chunk, length) in enumerate(zip(answer.chunks, answer.lengths, strict=True)):
+                self.window.add(Item(job, index, length, now, chunk))
+        self._release(completed)
+        self._dispatch()
+
+    # ---- batches
+
+    def slot_freed(self) -> None:
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Fill the free staging slots: halves of failed batches first, then from the window."""
+        while self.stage.free_slots:
+            items = self.stage.next_retry() or self._form()
+            if not items:
+                return
+            self.stage.launch(items)
+
+    def _form(self) -> list[Item] | None:
+        if not len(self.window):
+            return None
+        if self._closing:
+            items = self.window.form(arrival=True)
+            self._metrics.batch("closing", items)
+            return items
+        wait_s = self.window.wait(time.monotonic(), self._linger_s)
+        if wait_s is None:
+            return None
+        if wait_s > 0:
+            if self._linger is None:
+                self._linger = self._loop.call_later(wait_s, self._linger_over)
+            return None
+        full = self.window.tokens >= self.window.max_tokens
+        items = self.window.form()
+        self._metrics.batch("tokens" if full else "linger", items)
+        return items
+
+    def _linger_over(self) -> None:
+        self._linger = None
+        self._dispatch()
+
+    def batch_done(self, items: Sequence[Item], rows: np.ndarray) -> None:
+        finished: list[Job] = []
+        for item, row in zip(items, rows, strict=True):
+            job: Job = item.owner
+            job.rows[item.index] = row
+            job.missing -= 1
+            if not job.missing and job.slot.state != DROPPED:
+                finished.append(job)
+        if finished:
+            self.workers.submit(FINISH, self._finish, finished, self._finished)
+        if self.stage.items:
+            spent = self.stage.busy_s / self.stage.lanes / self.stage.items
+            self._seconds_per_document = (
+                RATE_MEMORY * self._seconds_per_document + (1 - RATE_MEMORY) * spent
+                if self._seconds_per_document
+                else spent
+            )
+        if self.window.max_tokens < self._full_tokens:  # lowered by out of memory: raised again slowly
+            self.window.max_tokens += max(1, self._full_tokens // 200)
+
+    def item_failed(self, item: Item, error: BaseException) -> None:
+        job: Job = item.owner
+        slot = job.slot
+        if slot.state == DROPPED or slot.outcome is not None:
+            return
+        if isinstance(error, OutOfMemory):
+            rejected = Rejected(
+                Reason.OUT_OF_MEMORY,
+                f"the document alone ({item.length} tokens) does not fit the device's memory; lower model.max_length",
+                Stage.DEVICE,
+            )
+        else:
+            log.error("the model raised on one document", extra={"error": repr(error)[:200]})
+            rejected = Rejected(
+                Reason.MODEL_ERROR, f"the model raised {type(error).__name__} on this document alone", Stage.DEVICE
+            )
+        completed: set[Lane] = set()
+        self._complete(slot, self._codec.dead_letter(slot.record, rejected), completed)
+        self.window.discard(lambda other: other.owner is job)
+        self._release(completed)
+
+    def out_of_memory(self, items: Sequence[Item]) -> None:
+        lowered = max(1, min(self.window.max_tokens, len(items) * max(item.length for item in items)) // 2)
+        log.warning("out of device memory: lowering the token budget", extra={"max_tokens": lowered})
+        self.window.max_tokens = lowered
+
+    def device_failed(self, error: BaseException) -> None:
+        self._failed(error)
+
+    # ---- finish
+
+    def _finish(self, jobs: list[Job]) -> list[tuple[Slot, Outgoing]]:
+        """In a worker thread: from rows to serialised results."""
+        started = time.perf_counter()
+        answers = [(job.slot, self._finish_one(job)) for job in jobs]
+        self._metrics.stage_seconds("finish", time.perf_counter() - started)
+        return answers
+
+    def _finish_one(self, job: Job) -> Outgoing:
+        record, prepared = job.slot.record, job.prepared
+        try:
+            rows = job.rows[0][None, :] if len(job.rows) == 1 else np.stack(job.rows)
+            output = self._task.output(prepared, rows)
+            result = self._codec.result(record, prepared, self._task.name, self._task.model, output)
+        except Exception as error:
+            log.error("finishing one document raised", extra={"error": repr(error)[:200]})
+            result = Rejected(Reason.MODEL_ERROR, f"finishing raised {type(error).__name__}", Stage.FINISH)
+        return self._codec.dead_letter(record, result) if isinstance(result, Rejected) else result
+
+    def _finished(self, answers: list[tuple[Slot, Outgoing]]) -> None:
+        completed: set[Lane] = set()
+        for slot, outgoing in answers:
+            if slot.state != DROPPED:
+                self._complete(slot, outgoing, completed)
+        self._release(completed)
+
+    # ---- release and settle
+
+    def _complete(self, slot: Slot, outgoing: Outgoing, completed: set[Lane]) -> None:
+        self._reweigh(slot, outgoing.size, -slot.tokens)
+        if slot.lane.complete(slot, outgoing):
+            completed.add(slot.lane)
+
+    def _reweigh(self, slot: Slot, held: int, tokens: int) -> None:
+        """A slot weighs the most it has held: the record, its prepared form or its result."""
+        weight = max(slot.weight, RECORD_OVERHEAD + held)
+        self.credit.reweigh(slot.lane, slot.weight, weight, tokens)
+        slot.weight = weight
+        slot.tokens += tokens
+
+    def _release(self, lanes: Iterable[Lane]) -> None:
+        """Send what is complete, as far as each lane's share of ``delivery.max_uncommitted_documents`` goes."""
+        sink = self.sink
+        assert sink is not None
+        share = max(1, self._max_uncommitted // max(1, len(self._lanes)))
+        for lane in lanes:
+            if lane not in self._committed:
+                continue  # dropped
+            room = share - (lane.settled - self._committed[lane])
+            if room > 0:
+                for slot in lane.release(room):
+                    assert slot.outcome is not None
+                    sink.send(slot, slot.outcome)
+            if 2 * (lane.released - self._committed[lane]) >= share:
+                self.commit_due.set()
+
+    def acknowledged(self, entries: list[tuple[Slot, Outgoing]]) -> None:
+        now_ms = time.time() * 1000
+        timestamp = now_ms
+        for slot, outgoing in entries:
+            self._metrics.published(outgoing)
+            timestamp = slot.record.timestamp if slot.state != DROPPED else timestamp
+            if slot.lane.acknowledge(slot):
+                self.credit.give(slot.lane, slot.weight, slot.tokens)
+        self._metrics.end_to_end((now_ms - timestamp) / 1000)
+        self.last_progress = time.monotonic()
+        self._credit_freed.set()
+        self._moved.set()
+
+    def refused(self, slot: Slot, outgoing: Outgoing, error: KafkaError) -> Outgoing:
+        """The broker will never take this record: a result becomes a dead letter, a dead letter is stripped or stops."""
+        record = slot.record
+        where = f"{record.topic}:{record.partition}:{record.offset}"
+        if outgoing.kind is not Kind.DEAD_LETTER:
+            rejected = Rejected(
+                Reason.RECORD_REFUSED, f"the output topic refused the record: {type(error).__name__}", Stage.SINK
+            )
+            log.warning("the output topic refused a record", extra={"record": where, "error": repr(error)})
+            return self._codec.dead_letter(record, rejected)
+        if self._strip_oversize and outgoing.value is not None:
+            return self._codec.stripped(outgoing)
+        raise DeadLetterRefused(
+            f"the dead letter of {where} was refused by its topic ({type(error).__name__}); raise max.message.bytes of "
+            "the dead-letter topic, or set dead_letter.oversize=strip to leave the value out"
+        )
+
+    def committed(self, lane: Lane, settled: int) -> None:
+        """The group's offset now covers the first ``settled`` slots of ``lane``."""
+        if lane in self._committed:
+            self._committed[lane] = settled
+            self._release((lane,))
+
+    # ---- closing
+
+    async def close_lanes(self, lanes: Sequence[Lane], timeout_s: float) -> bool:
+        """Finish, per lane, the longest prefix that fits ``timeout_s``; True when it is all acknowledged.
+
+        The rest is dropped at once: it stays uncommitted and its next owner reads it again.
+        """
+        deadline = self._loop.time() + timeout_s
+        self._keep_what_fits(lanes, timeout_s * CLOSING_SHARE)
+        closing = set(lanes)
+        self._closing |= closing
+        try:
+            self._dispatch()
+            while any(len(lane) for lane in lanes):
+                self._release(closing)
+                self._moved.clear()
+                async with asyncio.timeout_at(deadline):
+                    await self._moved.wait()
+        except TimeoutError:
+            return False
+        finally:
+            self._closing -= closing
+        return True
+
+    def drop_lanes(self, lanes: Sequence[Lane]) -> None:
+        for lane in lanes:
+            if lane not in self._lanes:
+                continue
+            self._drop(lane, 0)
+            self._lanes.discard(lane)
+            del self._committed[lane]
+            self.credit.close_lane(lane)
+        self._forget_dropped()
+
+    def _keep_what_fits(self, lanes: Sequence[Lane], time_s: float) -> None:
+        """Drop the tails of the lanes that the device cannot finish in ``time_s``, evenly."""
+        if not self._seconds_per_document:
+            return
+        affordable = max(len(lanes), int(time_s / self._seconds_per_document))
+        backlog = sum(len(lane) for lane in lanes)
+        if backlog <= affordable:
+            return
+        share = affordable // len(lanes)
+        for lane in lanes:
+            done = next((n for n, slot in enumerate(lane) if slot.state == ADMITTED), len(lane))
+            self._drop(lane, max(done, share))
+        self._forget_dropped()
+
+    def _drop(self, lane: Lane, keep: int) -> None:
+        for slot in lane.drop(keep):
+            self.credit.give(lane, slot.weight, slot.tokens)
+
+    def _forget_dropped(self) -> None:
+        self.window.discard(lambda item: item.owner.slot.state == DROPPED)
+        self.stage.discard(lambda item: item.owner.slot.state == DROPPED)
+        if self.sink is not None:
+            self.sink.forget_dropped()
+        self._credit_freed.set()
+
+    # ---- what a dashboard reads
+
+    @property
+    def blocked_documents(self) -> int:
+        """Documents that are completed but wait behind their lane's head."""
+        return sum(lane.blocked for lane in self._lanes)
+
+    @property
+    def in_flight(self) -> int:
+        return sum(len(lane) for lane in self._lanes)
+
+    def close(self, timeout_s: float) -> None:
+        """End the threads; the lanes are closed before."""
+        if self._linger is not None:
+            self._linger.cancel()
+        self.workers.close(timeout_s)
+        self.stage.close(timeout_s)

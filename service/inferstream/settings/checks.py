@@ -1,0 +1,124 @@
+"""What two settings cannot be together, and what is not yet in this version."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from inferstream.settings.keys import SETTINGS, one_of, show, value_of
+from inferstream.settings.tree import Settings
+
+COMMIT_SHARE = 0.25  # a commit may take this share of delivery.revoke_timeout_s
+REBALANCE_SHARE = 0.6  # and both together this share of the rebalance, which others need as well
+
+# What stands in the tree and does nothing yet: setting it deserves a word, but breaks nothing.
+WITHOUT_EFFECT = ("kafka.transactional_id", "delivery.transaction_timeout_ms", "delivery.max_crash_attempts")
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Settings that cannot be had together; ``text`` says why and what to do."""
+
+    keys: tuple[str, ...]
+    text: str
+
+
+def conflicts(settings: Settings) -> Iterator[Conflict]:
+    """All that is wrong with a tree whose values are each right by itself."""
+    yield from _timeouts(settings)
+    yield from _topics(settings)
+    yield from _guarantee(settings)
+    yield from _security(settings)
+
+
+def _timeouts(settings: Settings) -> Iterator[Conflict]:
+    kafka, delivery = settings.kafka, settings.delivery
+    revoke_ms = delivery.revoke_timeout_s * 1000 * (1 + COMMIT_SHARE)
+    if revoke_ms >= REBALANCE_SHARE * kafka.rebalance_timeout_ms:
+        longest = REBALANCE_SHARE * kafka.rebalance_timeout_ms / 1000 / (1 + COMMIT_SHARE)
+        yield Conflict(
+            ("delivery.revoke_timeout_s", "kafka.rebalance_timeout_ms"),
+            "finishing what a revoked partition holds and committing it would take more than 0.6 of the rebalance, "
+            f"and the group would throw this worker out: delivery.revoke_timeout_s must be below {longest:g}, or "
+            f"kafka.rebalance_timeout_ms above {revoke_ms / REBALANCE_SHARE:g}",
+        )
+    if kafka.request_timeout_ms <= kafka.rebalance_timeout_ms:
+        yield Conflict(
+            ("kafka.request_timeout_ms", "kafka.rebalance_timeout_ms"),
+            "joining a group is one request that is answered when the rebalance ends: kafka.request_timeout_ms "
+            f"must be above kafka.rebalance_timeout_ms ({kafka.rebalance_timeout_ms})",
+        )
+    if kafka.heartbeat_interval_ms * 3 > kafka.session_timeout_ms:
+        yield Conflict(
+            ("kafka.heartbeat_interval_ms", "kafka.session_timeout_ms"),
+            "two lost heartbeats must not end the session: kafka.heartbeat_interval_ms must be at most a third of "
+            f"kafka.session_timeout_ms ({kafka.session_timeout_ms // 3})",
+        )
+    if settings.batch.linger_ms * 2 >= delivery.revoke_timeout_s * 1000:
+        yield Conflict(
+            ("batch.linger_ms", "delivery.revoke_timeout_s"),
+            "a revoked partition would spend its time waiting for batches to fill: batch.linger_ms must be below "
+            f"half of delivery.revoke_timeout_s ({delivery.revoke_timeout_s * 500:g} ms)",
+        )
+
+
+def _topics(settings: Settings) -> Iterator[Conflict]:
+    inputs, output, dead_letters = settings.input.topics, settings.output.topic, settings.dead_letter.topic
+    if output and output in inputs:
+        yield Conflict(
+            ("output.topic", "input.topics"),
+            f"results must not go to an input topic ({output}): each would be read again as a document, for ever",
+        )
+    if dead_letters and dead_letters in inputs:
+        yield Conflict(
+            ("dead_letter.topic", "input.topics"),
+            f"dead letters must not go to an input topic ({dead_letters}): each would be read again, for ever",
+        )
+    if output and output == dead_letters:
+        yield Conflict(
+            ("dead_letter.topic", "output.topic"),
+            f"results and dead letters must go to different topics (both are {output})",
+        )
+
+
+def _guarantee(settings: Settings) -> Iterator[Conflict]:
+    if settings.delivery.guarantee != "exactly-once":
+        return
+    yield Conflict(
+        ("delivery.guarantee",),
+        "exactly-once is not yet in this version: use at-least-once, and let readers drop repeats by the result's "
+        "source (topic, partition, offset)",
+    )
+    if settings.delivery.order == "none":
+        yield Conflict(
+            ("delivery.order", "delivery.guarantee"),
+            "exactly-once needs delivery.order: partition, as a transaction commits one offset per partition",
+        )
+    if settings.kafka.bootstrap_servers == ["embedded"]:
+        yield Conflict(
+            ("kafka.bootstrap_servers", "delivery.guarantee"),
+            "the embedded broker cannot do exactly-once, as it gives no read_committed: use a real Kafka",
+        )
+
+
+def _security(settings: Settings) -> Iterator[Conflict]:
+    for key, setting in SETTINGS.items():
+        if not key.startswith("kafka.security."):
+            continue
+        if value_of(settings, key) == setting.default:
+            continue
+        if key == "kafka.security.protocol":
+            rest = [choice for choice in setting.choices if choice != setting.default]
+            text = f"{one_of(rest)} is not yet in this version: only PLAINTEXT is"
+        else:
+            text = (
+                "encryption and authentication are not yet in this version: only PLAINTEXT is; leave it out"
+            )
+        yield Conflict((key,), text)
+
+
+def without_effect(settings: Settings) -> Iterator[Conflict]:
+    """What is set and does nothing in this version."""
+    for key in WITHOUT_EFFECT:
+        if value_of(settings, key) != SETTINGS[key].default:
+            yield Conflict((key,), f"{show(value_of(settings, key))} has no effect in this version")

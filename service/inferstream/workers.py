@@ -1,0 +1,78 @@
+"""The worker threads that prepare and finish documents off the event loop.
+
+Not a ThreadPoolExecutor: finishing must overtake preparing, because it is what gives credit back, and one
+call back per chunk of documents is all the event loop should pay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from queue import PriorityQueue
+from typing import Any
+
+FINISH, PREPARE, STOP = 0, 1, 2
+
+
+class Workers:
+    """``threads`` daemon threads over one queue; FINISH work first, then PREPARE, each in order.
+
+    The queue is not bounded here: what is in it holds credit, and credit is bounded.
+    """
+
+    def __init__(
+        self, threads: int, loop: asyncio.AbstractEventLoop, failed: Callable[[BaseException], None]
+    ) -> None:
+        self._loop = loop
+        self._failed = failed
+        self._order = itertools.count()
+        self._queue: PriorityQueue[
+            tuple[int, int, Callable[[Any], Any] | None, Any, Callable[[Any], None] | None]
+        ] = PriorityQueue()
+        self.cpu_s = [0.0, 0.0]  # CPU seconds spent in FINISH and in PREPARE
+        self._threads = [
+            threading.Thread(target=self._run, name=f"worker-{n}", daemon=True) for n in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self, priority: int, work: Callable[[Any], Any], argument: Any, done: Callable[[Any], None]
+    ) -> None:
+        """Run ``work(argument)`` in a worker thread, then ``done(result)`` on the event loop.
+
+        ``work`` handles the errors of documents itself; what it raises is a bug and ends the process.
+        """
+        self._queue.put((priority, next(self._order), work, argument, done))
+
+    def __len__(self) -> int:
+        return self._queue.qsize()
+
+    def close(self, timeout_s: float) -> None:
+        for _ in self._threads:
+            self._queue.put((STOP, next(self._order), None, None, None))
+        for thread in self._threads:
+            thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            priority, _, work, argument, done = self._queue.get()
+            if work is None or done is None:
+                return
+            started = time.thread_time()
+            try:
+                result = work(argument)
+            except BaseException as error:
+                self._call(self._failed, error)
+                continue
+            self.cpu_s[priority] += time.thread_time() - started
+            self._call(done, result)
+
+    def _call(self, callback: Callable[[Any], None], argument: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, argument)
+        except RuntimeError:  # the loop is closed: the process is ending
+            return

@@ -1,0 +1,66 @@
+"""Reads a whole run from its topics and says what is missing, out of order or repeated."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import orjson
+from aiokafka import ConsumerRecord
+
+
+@dataclass(slots=True)
+class Run:
+    """Consecutive results of one input partition: source offsets ``first`` to ``last``, increasing."""
+
+    first: int
+    last: int
+    count: int = 1
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What the output and dead-letter topics say about one input partition set."""
+
+    answered: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    runs: dict[int, list[Run]] = field(default_factory=lambda: defaultdict(list))
+    repeats: int = 0
+
+    def missing(self, inputs: dict[int, int]) -> list[tuple[int, int]]:
+        """(partition, offset) of each input without an answer; ``inputs`` is the end offset per partition."""
+        return [
+            (partition, offset)
+            for partition, end in inputs.items()
+            for offset in range(end)
+            if offset not in self.answered[partition]
+        ]
+
+
+def judge(results: Sequence[ConsumerRecord], dead_letters: Sequence[ConsumerRecord] = ()) -> Verdict:
+    """Judge records as ``Kafka.read_all`` gives them: by output partition, in offset order.
+
+    A run ends where the source offset of a partition does not increase; so two workers that both write, or a
+    result that overtakes another, show as a further run, and a repeat is a result whose source was answered.
+    """
+    verdict = Verdict()
+    for record in results:
+        source = orjson.loads(record.value)["source"]
+        partition, offset = source["partition"], source["offset"]
+        runs = verdict.runs[partition]
+        if runs and offset > runs[-1].last:
+            runs[-1].last = offset
+            runs[-1].count += 1
+        else:
+            runs.append(Run(offset, offset))
+        if offset in verdict.answered[partition]:
+            verdict.repeats += 1
+        verdict.answered[partition].add(offset)
+    for record in dead_letters:
+        headers = dict(record.headers)
+        partition = int(headers["inferstream.source.partition"])
+        offset = int(headers["inferstream.source.offset"])
+        if offset in verdict.answered[partition]:
+            verdict.repeats += 1
+        verdict.answered[partition].add(offset)
+    return verdict
