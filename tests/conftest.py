@@ -59,7 +59,8 @@ def start_broker(folder: Path, overrides: Mapping[str, str] | None = None) -> Br
     try:
         return create_broker(folder, overrides)
     except BrokerUnavailable as error:
-        pytest.fail(str(error), pytrace=False)
+        reason = str(error)
+    pytest.fail(reason, pytrace=False)
 
 
 @pytest.fixture

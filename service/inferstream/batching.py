@@ -57,11 +57,13 @@ class Window:
 
     ``max_tokens`` is the token budget of a batch: count x longest length if ``padded``, else the sum of the
     lengths; it may be changed at any time (it is lowered when the device runs out of memory).  A piece longer
-    than the budget goes alone.  ``max_items`` bounds the count of a batch.  What bounds the window itself is the
-    credit of the pieces in it.  Forming costs a step per piece taken and per length class, however many wait.
+    than the budget goes alone.  ``max_items`` bounds the count of a batch.  What bounds the window itself is
+    the credit of what is in it.  Forming costs a step per piece taken and per class, however many wait.
     """
 
     __slots__ = ("_buckets", "_count", "_order", "max_items", "max_tokens", "padded", "tokens")
+
+    class_of = staticmethod(length_class)
 
     def __init__(self, max_tokens: int, *, padded: bool = True, max_items: int = DEFAULT_MAX_ITEMS) -> None:
         if max_tokens < 1 or max_items < 1:
@@ -80,7 +82,7 @@ class Window:
         """Let a piece wait for its batch; it is the youngest from now on."""
         item.order = self._order
         self._order += 1
-        number = length_class(item.length) if self.padded else 0
+        number = self.class_of(item.length) if self.padded else 0
         buckets = self._buckets
         while number >= len(buckets):
             buckets.append(deque())
@@ -110,7 +112,7 @@ class Window:
     def wait_s(self, now: float, linger_s: float) -> float:
         """How long to linger before forming a batch when a staging slot is free, in seconds.
 
-        0.0 once the window is full or its oldest piece has waited for ``linger_s``; infinite while it is empty.
+        0.0 once the window is full or its oldest piece has waited ``linger_s``; infinite while it is empty.
         """
         if self.full:
             return 0.0

@@ -59,8 +59,8 @@ class _Account:
 class Credit(Generic[K]):
     """The shared bounds and what each lane holds of them.
 
-    ``max_documents``, ``max_bytes`` and ``max_tokens`` bound what is held; ``max_lane_share`` (above 0, at
-    most 1) is the part of documents and bytes at which a lane is no longer polled.  ``fetch_bytes`` is the most
+    ``max_documents``, ``max_bytes`` and ``max_tokens`` bound what is held; ``max_lane_share`` (above 0,
+    at most 1) is the part of documents and bytes at which a lane is not polled.  ``fetch_bytes`` is the most
     one partition hands over in one poll (``kafka.max_partition_fetch_bytes``, times the compression ratio);
     without it a poll may take from every eligible partition, and F in the bound above is their sum.
 

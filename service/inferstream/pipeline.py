@@ -86,11 +86,12 @@ class Pipeline:
         self._linger_s = settings.batch.linger_ms / 1000
         self._max_uncommitted = settings.delivery.max_uncommitted_documents
         self._strip_oversize = settings.dead_letter.oversize == "strip"
-        self.credit = Credit(
+        self.credit: Credit[Lane] = Credit(
             settings.buffer.max_documents,
             settings.buffer.max_bytes,
             settings.buffer.max_tokens,
             settings.buffer.max_lane_share,
+            settings.kafka.max_partition_fetch_bytes,
         )
         self.window = Window(settings.batch.max_tokens)
         self.workers = Workers(settings.prepare.threads, loop, failed)
@@ -104,6 +105,7 @@ class Pipeline:
         self._moved = asyncio.Event()  # a slot was acknowledged
         self.commit_due = asyncio.Event()  # half of what may be uncommitted is
         self._seconds_per_document = 0.0
+        self.unprepared = 0  # admitted records that the worker threads have not prepared yet
         self._full_tokens = settings.batch.max_tokens
         self.last_progress = time.monotonic()
 
@@ -140,7 +142,10 @@ class Pipeline:
             size += weight
         if chunk:
             self.workers.submit(PREPARE, self._prepare, chunk, self._prepared)
+        self.unprepared += len(records)
         self._metrics.records_consumed(lane.topic, len(records))
+        now_ms = time.time() * 1000
+        self._metrics.record_ages([(now_ms - record.timestamp) / 1000 for record in records])
 
     # ---- prepare
 
@@ -151,8 +156,6 @@ class Pipeline:
         slots: list[Slot] = []
         documents: list[Document] = []
         for slot in chunk:
-            if slot.state == DROPPED:
-                continue
             decoded = self._codec.decode(slot.record)
             if isinstance(decoded, Document):
                 slots.append(slot)
@@ -182,6 +185,7 @@ class Pipeline:
 
     def _prepared(self, answers: list[tuple[Slot, Prepared | Outgoing]]) -> None:
         now = time.monotonic()
+        self.unprepared -= len(answers)
         completed: set[Lane] = set()
         for slot, answer in answers:
             if slot.state == DROPPED:
@@ -216,14 +220,12 @@ class Pipeline:
             items = self.window.form(arrival=True)
             self._metrics.batch("closing", items)
             return items
-        wait_s = self.window.wait(time.monotonic(), self._linger_s)
-        if wait_s is None:
-            return None
+        wait_s = self.window.wait_s(time.monotonic(), self._linger_s)
         if wait_s > 0:
             if self._linger is None:
                 self._linger = self._loop.call_later(wait_s, self._linger_over)
             return None
-        full = self.window.tokens >= self.window.max_tokens
+        full = self.window.full
         items = self.window.form()
         self._metrics.batch("tokens" if full else "linger", items)
         return items

@@ -48,7 +48,11 @@ ROWS = [
     Row("a lone surrogate escape", b'{"text": "\\ud800 alone"}', "invalid_json"),
     Row("NaN", b'{"text": "x", "n": NaN}', "invalid_json"),
     Row("Infinity", b'{"text": "x", "n": Infinity}', "invalid_json"),
-    Row("nesting 10,000 deep", b'{"text": "x", "deep": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", "invalid_json"),
+    Row(
+        "nesting 10,000 deep",
+        b'{"text": "x", "deep": ' + b"[" * 10_000 + b"]" * 10_000 + b"}",
+        "invalid_json",
+    ),
     Row("an id of 10 kB", orjson.dumps({"id": "i" * 10_240, "text": "fine"}), "invalid_id"),
     Row("an id that is a list", orjson.dumps({"id": [1], "text": "fine"}), "invalid_id"),
     Row("integer id", orjson.dumps({"id": 42, "text": "an integer id"}), "result"),
@@ -73,10 +77,14 @@ async def run_rows(
     records = []
     for row in rows:
         records.append((row.key, row.value, row.headers, 0))
-        records.append((b"mate", orjson.dumps({"id": f"mate of {row.name}", "text": f"a good mate of {row.name}"})))
+        records.append(
+            (b"mate", orjson.dumps({"id": f"mate of {row.name}", "text": f"a good mate of {row.name}"}))
+        )
     await kafka.produce(source, [(*record, (), 0) if len(record) == 2 else record for record in records])
     worker = launch(settings(kafka.bootstrap, source, target, group, changes))
-    await until(lambda: caught_up(kafka, group, source), 90, f"the rows to be done\n{worker.stderr_text()[-3000:]}")
+    await until(
+        lambda: caught_up(kafka, group, source), 90, f"the rows to be done\n{worker.stderr_text()[-3000:]}"
+    )
     worker.terminate()
     assert await worker.ended(40) == 0, worker.stderr_text()[-3000:]
     results = {}
@@ -116,7 +124,9 @@ async def test_each_row_of_the_table_when_sent_then_has_its_outcome_and_its_mate
         assert headers["inferstream.error.reason"].decode() == row.outcome, row.name
         assert (letter.key, letter.value) == (row.key, row.value)
         assert len(headers["inferstream.error.message"]) <= 1024
-    by_name = {row.name: orjson.loads(results[2 * n].value) for n, row in enumerate(ROWS) if row.outcome == "result"}
+    by_name = {
+        row.name: orjson.loads(results[2 * n].value) for n, row in enumerate(ROWS) if row.outcome == "result"
+    }
     assert by_name["integer id"]["id"] == by_name["duplicate ids"]["id"] == "42"
     assert by_name["5 MB of text"]["usage"]["truncated"] is True
     assert by_name["1,000,000 tokens"]["usage"]["truncated"] is True
@@ -149,7 +159,9 @@ async def test_result_when_larger_than_the_topic_takes_then_it_is_a_dead_letter(
     noise = "".join(random.Random(7).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=20_000))
     large = orjson.dumps({"id": "large", "text": "x", "metadata": {"noise": noise}})
     # Each of these fits alone; together in one batch they are far above the topic's 4 kB.
-    small = [orjson.dumps({"id": n, "text": "y", "metadata": {"noise": noise[n : n + 1500]}}) for n in range(20)]
+    small = [
+        orjson.dumps({"id": n, "text": "y", "metadata": {"noise": noise[n : n + 1500]}}) for n in range(20)
+    ]
     await kafka.produce(source, [(None, value, (), 0) for value in (large, *small)])
     worker = launch(settings(kafka.bootstrap, source, target, group))
     await until(lambda: caught_up(kafka, group, source), 60, "all to be answered")

@@ -26,7 +26,8 @@ SLOW = {
 
 def documents(count: int) -> list[tuple[bytes | None, bytes]]:
     return [
-        (b"key-%d" % n, orjson.dumps({"id": n, "text": f"document {n} " + "word " * (n % 17)})) for n in range(count)
+        (b"key-%d" % n, orjson.dumps({"id": n, "text": f"document {n} " + "word " * (n % 17)}))
+        for n in range(count)
     ]
 
 
@@ -111,7 +112,9 @@ def repeats_per_kill(runs: dict[int, list[Run]], kills: int) -> int:
     """The most results that one kill can have repeated: the sum over partitions of the largest overlap."""
     worst = 0
     for sequence in runs.values():
-        overlaps = [max(0, old.last + 1 - new.first) for old, new in zip(sequence, sequence[1:], strict=False)]
+        overlaps = [
+            max(0, old.last + 1 - new.first) for old, new in zip(sequence, sequence[1:], strict=False)
+        ]
         worst += max(overlaps, default=0)
     return worst
 

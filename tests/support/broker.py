@@ -356,22 +356,27 @@ def create_broker(folder: Path, overrides: Mapping[str, str] | None = None) -> B
     """A started broker, by the first way that works; BrokerUnavailable names what each way lacks."""
     try:
         image()
-        return _started(ContainerKafka(overrides))
+        return _started(lambda: ContainerKafka(overrides))
     except BrokerUnavailable as no_container:
         try:
-            return _started(NativeKafka(folder, overrides))
+            return _started(lambda: NativeKafka(folder, overrides))
         except BrokerUnavailable as no_native:
             raise BrokerUnavailable(f"no Kafka for the tests: {no_container}; {no_native}") from no_native
 
 
-def _started(broker: Broker) -> Broker:
+def _started(make: Callable[[], Broker]) -> Broker:
+    """Make and start a broker; nothing of it is left if that fails."""
+    broker: Broker | None = None
     try:
+        broker = make()
         return broker.start()
     except BaseException as error:
-        with contextlib.suppress(Exception):
-            broker.remove()
+        if broker is not None:
+            with contextlib.suppress(Exception):
+                broker.remove()
         if isinstance(error, Exception) and not isinstance(error, BrokerUnavailable):
-            raise BrokerUnavailable(f"{type(broker).__name__} does not start: {error}") from error
+            # The engine's libraries let errors of several layers through; the first line says enough.
+            raise BrokerUnavailable(f"Kafka does not start: {str(error).splitlines()[:1]}") from error
         raise
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from inferstream.errors import InferstreamError, SettingsError
 
+EMBEDDED_PARTITIONS = 4
+
 
 def run(files: Sequence[Path], arguments: Sequence[str]) -> None:
     """Load the settings, start a worker and wait for its end; raises InferstreamError."""
@@ -34,7 +36,7 @@ def run(files: Sequence[Path], arguments: Sequence[str]) -> None:
                 raise SettingsError("output.topic is not set")
             with EmbeddedBroker() as broker:
                 for topic in (*settings.input.topics, settings.output.topic, settings.dead_letter.topic):
-                    broker.create_topic(topic)
+                    broker.create_topic(topic, EMBEDDED_PARTITIONS)
                 print(f"bootstrap={broker.bootstrap}", flush=True)
                 kafka = settings.kafka.model_copy(update={"bootstrap_servers": [broker.bootstrap]})
                 asyncio.run(app.run(settings.model_copy(update={"kafka": kafka}), embedded=True))

@@ -83,7 +83,7 @@ class SourceListener(Protocol):
     def commit_ended(self, outcome: str) -> None: ...
 
 
-class Source(ConsumerRebalanceListener):
+class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
     """Reads the input topics for one pipeline."""
 
     def __init__(self, settings: Settings, intake: Intake, listener: SourceListener) -> None:
@@ -204,7 +204,7 @@ class Source(ConsumerRebalanceListener):
         if state is not None and state.has_valid_position and state.position > lane.position:
             lane.advance(state.position)
 
-    def _refused(self, error: KafkaError) -> None:
+    def _refused(self, error: BaseException) -> None:
         now = time.monotonic()
         if self._refused_since is None:
             self._refused_since = now
@@ -293,7 +293,7 @@ class Source(ConsumerRebalanceListener):
                 except CommitFailed as error:
                     log.warning("the start offsets are not committed yet", extra={"error": str(error)})
                     if isinstance(error, CommitRefused):
-                        self._refused(error.__cause__ or error)  # type: ignore[arg-type]  # a KafkaError
+                        self._refused(error.__cause__ or error)
                     await asyncio.sleep(ERROR_BACKOFF_S)
         if epoch is not self._epoch or epoch.closing:
             return
@@ -395,13 +395,13 @@ class Source(ConsumerRebalanceListener):
             return False
         except CommitRefused as error:
             self._listener.commit_ended("refused")
-            self._refused(error.__cause__ or error)  # type: ignore[arg-type]  # a KafkaError
+            self._refused(error.__cause__ or error)
             return False
         except CommitFailed as error:
             self._listener.commit_ended("failed")
             log.warning("not committed; trying again", extra={"error": str(error)})
             return False
-        self._listener.commit_ended("committed")
+        self._listener.commit_ended("ok")
         for tp, lane in moved.items():
             offset = offsets[tp][0]
             if lane in self._committed:
@@ -409,5 +409,23 @@ class Source(ConsumerRebalanceListener):
             self._intake.committed(lane, settled[lane])
         return True
 
-    def committed_offset(self, lane: Lane) -> int | None:
-        return self._committed.get(lane)
+    def lags(self) -> dict[tuple[str, int], tuple[int, int]]:
+        """Records after the position, and after the committed offset, per owned partition.
+
+        The end is the one that our isolation level may read up to, as of the last fetch.
+        """
+        epoch = self._epoch
+        assignment = self.consumer._subscription.subscription.assignment if epoch is not None else None
+        if epoch is None or assignment is None:
+            return {}
+        read_committed = self._settings.input.isolation == "read_committed"
+        lags: dict[tuple[str, int], tuple[int, int]] = {}
+        for tp, lane in epoch.lanes.items():
+            state = assignment.state_value(tp)
+            end = None if state is None else (state.lso if read_committed else state.highwater)
+            if end is not None and lane in self._committed:
+                lags[tp.topic, tp.partition] = (
+                    max(0, end - lane.position),
+                    max(0, end - self._committed[lane]),
+                )
+        return lags

@@ -25,7 +25,8 @@ docs/s at 512 against 196 at 2,048; bfloat16 700 at 1,024 against 663 at 512 and
 class Encoder:
     """A transformer and its head behind :class:`inferstream.device.Runner`.
 
-    Several threads may run it at once over the same weights.  ``width`` is the size of its vectors.
+    Several threads may run it at once over the same weights.  ``width`` is the size of its vectors;
+    ``normalizes``: they have unit length.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Encoder:
         self._model = model.eval()
         self._head = head
         self._pad_id = pad_id
+        self.normalizes = head.normalizes
         dtype = next(model.parameters()).dtype
         self._group_tokens = group_tokens or GROUP_TOKENS.get(dtype, 512)
         self.width = self.run([np.zeros(1, dtype=np.int32)]).shape[1]
@@ -93,6 +95,8 @@ class Encoder:
         if types is not None:
             inputs["token_type_ids"] = torch.from_numpy(types)
         if padded:
-            inputs["attention_mask"] = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))
+            inputs["attention_mask"] = torch.from_numpy(
+                (np.arange(width) < lengths[:, None]).astype(np.int64)
+            )
         hidden: Tensor = self._model(**inputs).last_hidden_state
         return self._head(hidden, torch.from_numpy(lengths))

@@ -101,7 +101,9 @@ def _in_package(model_id: str) -> Path:
             if entry.is_dir() and entry.name != "__pycache__"
         ]
     if not found:
-        raise ModelError(f"model.id {model_id}: the package {name!r} holds no model (config.json and weights)")
+        raise ModelError(
+            f"model.id {model_id}: the package {name!r} holds no model (config.json and weights)"
+        )
     if len(found) > 1:
         raise ModelError(
             f"model.id {model_id}: the package holds several models; "
@@ -117,11 +119,11 @@ def _looks_like_model(folder: Path) -> bool:
 
 
 def _from_hub(model_id: str, revision: str | None) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
     try:
         return Path(
             snapshot_download(
@@ -139,9 +141,9 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
     except errors.LocalEntryNotFoundError:
         at = f" at revision {revision!r}" if revision else ""
         why = (
-            f"there is no such folder, it is not in the local cache{at} ({huggingface_hub.constants.HF_HUB_CACHE}) "
-            "and the hub cannot be reached or HF_HUB_OFFLINE is set; give a folder or package:NAME, "
-            "or download it first"
+            f"there is no such folder, the local cache ({constants.HF_HUB_CACHE}) does not hold it{at}, "
+            "and the hub cannot be reached or HF_HUB_OFFLINE is set; give a folder or package:NAME, or "
+            "download it first"
         )
     except (OSError, ValueError, RuntimeError) as error:
         why = f"it could not be downloaded: {one_line(error)}"
@@ -166,8 +168,8 @@ def _check(model_id: str, folder: Path) -> None:
     if not _weights(inner):
         if has("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt"):
             raise ModelError(
-                f"model.id {model_id}: {inner} has no model.safetensors; weights in other formats are never "
-                "loaded, as they can run code: save the model with save_pretrained(…, safe_serialization=True)"
+                f"model.id {model_id}: {inner} has no model.safetensors; weights in other formats can run "
+                "code and are never loaded: convert it with save_pretrained(…, safe_serialization=True)"
             )
         raise ModelError(f"model.id {model_id}: {inner} is no model: model.safetensors is missing")
     if not has(*TOKENIZER_FILES):

@@ -5,12 +5,14 @@ Nothing here imports torch before it is known that a model needs it.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +28,10 @@ from inferstream.tasks.hash import MODEL_ID as HASH_MODEL
 from inferstream.tasks.hash import WIDTH as HASH_WIDTH
 from inferstream.tasks.hash import HashRunner, HashTask
 
+if TYPE_CHECKING:
+    from inferstream.models.encoder import Encoder
+    from inferstream.models.tokenizer import TextTokenizer
+
 log = logging.getLogger(__name__)
 
 EncodeEmbedding = Callable[[np.ndarray], dict[str, Any]]
@@ -39,13 +45,15 @@ SENTENCE_FILES = (
     "sentence_xlm-roberta_config.json",
     "sentence_xlnet_config.json",
 )
-OFFSET_POSITIONS = frozenset(("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl"))
+OFFSET_POSITIONS = frozenset(("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer"))
 """Model types whose first position is the padding id + 1, so that this many fewer tokens fit."""
+
+NO_LIMIT = 8192  # tokens; for the few models whose files name none
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A warm model.  ``max_length`` in tokens, ``dimensions`` of a vector; ``costs`` of a sample document."""
+    """A warm model: ``max_length`` in tokens, ``dimensions`` of a vector, ``costs`` of a sample document."""
 
     task: Task
     device: Device
@@ -85,16 +93,233 @@ def _load_encoder(settings: Settings, encode_embedding: EncodeEmbedding) -> Load
     # Read when tokenizers first works in a process: its own pool of threads would take every core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        sentence = _SentenceFiles.read(files.folder)
-        tokenizer, own_length = _load_tokenizer(sentence)
-        encoder, positions = _load_transformer(sentence, dtype)
+        sentence = read_sentence_files(files.folder)
+        tokenizer, tokenizer_length, ids = _load_tokenizer(sentence)
+        encoder, positions = _load_transformer(sentence, dtype, ids)
     except ModelError as error:
         raise ModelError(f"model.id {model.id}: {error}") from error
     except Exception as error:  # whatever transformers makes of files that are not as they should be
         log.debug("loading failed", exc_info=True)
-        raise ModelError(
-            f"model.id {model.id}: it could not be loaded: {type(error).__name__}: {one_line(error)}"
-        ) from error
+        why = f"{type(error).__name__}: {one_line(error)}"
+        raise ModelError(f"model.id {model.id}: it could not be loaded: {why}") from error
 
-    hard_limit = positions or own_length
-    default = min(n for n in (sentence.max_length or own_length, hard_limit) if n is not None)
+    from inferstream.tasks.embed import EmbedTask
+
+    most = positions or tokenizer_length or NO_LIMIT
+    own = min(most, sentence.max_length or tokenizer_length or most)
+    max_length = _max_length(settings, own, most, special=tokenizer.single.added)
+    info = ModelInfo(model.id, files.revision, dtype)
+    task = EmbedTask(
+        tokenizer,
+        info,
+        max_length,
+        model.long_documents,
+        model.max_chunks,
+        encode_embedding,
+        prompt=sentence.prompt,
+        normalizes=encoder.normalizes,
+    )
+    costs = warm_up(task, encoder)
+    _check_worst_batch(settings, costs, max_length)
+    device = _cpu_device(settings, encoder, costs)
+    return Loaded(task, device, info, max_length, encoder.width, costs)
+
+
+def _cpu_device(settings: Settings, runner: Runner, costs: Costs) -> Device:
+    threads = settings.model.compute_threads
+    if threads is None:
+        available = cores()
+        threads = costs.compute_threads(available)
+        chosen = {
+            "compute_threads": threads,
+            "cores": available,
+            "prepare_us": round(costs.prepare_s * 1e6),
+            "compute_us": round(costs.compute_s * 1e6),
+            "finish_us": round(costs.finish_s * 1e6),
+        }
+        log.info("compute threads chosen from the CPU time of a sample document", extra=chosen)
+    return CpuDevice(runner, threads)
+
+
+def _max_length(settings: Settings, own: int, most: int, *, special: int) -> int:
+    """``model.max_length``, or the model's ``own``; ``most`` is what the model can take at all."""
+    wanted = settings.model.max_length
+    if wanted is None:
+        return own
+    if wanted > most:
+        raise SettingsError(
+            f"model.max_length: {wanted} is above what {settings.model.id} can read ({most} tokens)"
+        )
+    if wanted <= special:
+        raise SettingsError(
+            f"model.max_length: {wanted} leaves no room for text, as {settings.model.id} adds {special} "
+            f"tokens; set at least {special + 1}"
+        )
+    return wanted
+
+
+def _check_worst_batch(settings: Settings, costs: Costs, max_length: int) -> None:
+    """A partition that is revoked waits for the batches that run: none may outlast the time there is."""
+    limit_s = settings.delivery.revoke_timeout_s
+    tokens = max(settings.batch.max_tokens or 0, max_length)
+    worst_s = tokens / costs.tokens_per_s
+    if worst_s < limit_s:
+        return
+    fitting = int(limit_s * costs.tokens_per_s * 0.9)
+    remedy = f"set batch.max_tokens to at most {fitting}"
+    if fitting < max_length:
+        remedy = f"set batch.max_tokens and model.max_length to at most {fitting}"
+    raise SettingsError(
+        f"batch.max_tokens: a batch of {tokens} tokens takes this machine about {worst_s:.0f} s, longer than "
+        f"delivery.revoke_timeout_s ({limit_s:g}); {remedy}, or raise delivery.revoke_timeout_s"
+    )
+
+
+def _cpu_dtype(wanted: str) -> str:
+    """The number type on a CPU; ``auto`` is float32, whose numbers are the reference's."""
+    if wanted in ("auto", "float32"):
+        return "float32"
+    if wanted == "bfloat16" and cpu_has_bfloat16():
+        return wanted
+    if wanted == "bfloat16":
+        raise SettingsError(
+            "model.dtype: this CPU has no bfloat16 in hardware (avx512_bf16 or amx_bf16), and emulated it is "
+            "slower than float32; set model.dtype to float32"
+        )
+    raise SettingsError(
+        f"model.dtype: {wanted} is not for CPUs; set float32, or bfloat16 where the CPU has it"
+    )
+
+
+def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware, from the flags that the kernel shows."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return False
+    names = {"bf16"} if platform.machine() in ("aarch64", "arm64") else {"avx512_bf16", "amx_bf16"}
+    lines = (line.partition(":") for line in text.splitlines())
+    flags = next((value.split() for key, _, value in lines if key.strip() in ("flags", "Features")), [])
+    return not names.isdisjoint(flags)
+
+
+@dataclass(frozen=True, slots=True)
+class SentenceFiles:
+    """What a model's sentence-transformers files say; defaults where it has none.
+
+    ``modules`` are those after the transformer, None without modules.json.  ``max_length`` in tokens.
+    """
+
+    folder: Path
+    transformer: Path
+    modules: list[dict[str, Any]] | None
+    max_length: int | None
+    lowercase: bool
+    prompt: str
+    truncate_dim: int | None
+
+
+def read_sentence_files(folder: Path) -> SentenceFiles:
+    """Raises ModelError for what is there and not supported."""
+    modules = read_json(folder / "modules.json", missing=[])
+    if modules and str(modules[0]["type"]).rsplit(".", 1)[-1] != "Transformer":
+        raise ModelError(f"its first module {modules[0]['type']} is not supported, only a Transformer is")
+    inner = transformer_folder(folder)
+    found = (read_json(inner / name, missing={}) for name in SENTENCE_FILES)
+    sentence: dict[str, Any] = next((config for config in found if config), {})
+    supported = {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings"}
+    for key, value in supported.items():
+        if sentence.get(key, value) != value:
+            raise ModelError(f"{key} {sentence[key]!r} of sentence_bert_config.json is not supported")
+    if {"text", "common"} & set(sentence.get("processing_kwargs") or ()):
+        raise ModelError("processing_kwargs of sentence_bert_config.json are not supported")
+    config = read_json(folder / "config_sentence_transformers.json", missing={})
+    prompts, name = config.get("prompts") or {}, config.get("default_prompt_name")
+    if name is not None and name not in (*prompts, "query", "document"):
+        raise ModelError(f"its default_prompt_name {name!r} is not among the prompts it has")
+    return SentenceFiles(
+        folder,
+        inner,
+        modules[1:] if modules else None,
+        sentence.get("max_seq_length"),
+        bool(sentence.get("do_lower_case")),
+        prompts.get(name) or "" if name else "",
+        config.get("truncate_dim"),
+    )
+
+
+def _load_tokenizer(sentence: SentenceFiles) -> tuple[TextTokenizer, int | None, int]:
+    """The tokenizer, its own limit in tokens if it has one, and how many ids it can give."""
+    from tokenizers import normalizers
+    from transformers import AutoTokenizer
+
+    from inferstream.models.tokenizer import TextTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        sentence.transformer, local_files_only=True, trust_remote_code=False
+    )
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError("its tokenizer has no tokenizer.json and cannot be converted to one")
+    if sentence.lowercase:
+        described = json.dumps(json.loads(backend.to_str())["normalizer"])
+        if '"Lowercase"' not in described and '"lowercase": true' not in described:
+            own = [] if backend.normalizer is None else [backend.normalizer]
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+    limit = tokenizer.model_max_length
+    text_tokenizer = TextTokenizer(
+        backend,
+        type_ids="token_type_ids" in tokenizer.model_input_names,
+        keep_end=tokenizer.truncation_side == "left",
+    )
+    ids = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    return text_tokenizer, limit if limit < 1 << 30 else None, ids
+
+
+def _load_transformer(sentence: SentenceFiles, dtype: str, ids: int) -> tuple[Encoder, int | None]:
+    """The encoder, and the most tokens its positions allow (None: no limit)."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging as transformers_logging
+
+    from inferstream.models.encoder import Encoder
+    from inferstream.models.pooling import Head, load_head, pools_prompt
+
+    # Untyped functions.  What matters of the report on the weights is checked below.
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    config = AutoConfig.from_pretrained(sentence.transformer, local_files_only=True, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise ModelError(f"{config.model_type} is an encoder-decoder, which is not supported")
+    causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
+    if sentence.modules is None:
+        mode = "lasttoken" if causal and getattr(config, "is_causal", True) else "mean"
+        head = Head((mode,), truncate_dim=sentence.truncate_dim)
+        log.warning("the model has no modules.json: pooling is a guess", extra={"pooling": mode})
+    else:
+        head = load_head(sentence.folder, sentence.modules, sentence.truncate_dim)
+        if sentence.prompt and not pools_prompt(sentence.folder, sentence.modules):
+            raise ModelError("it does not pool the tokens of its prompt (include_prompt): not supported")
+    config.use_cache = False  # keys and values of earlier tokens: only generation needs them
+    transformer, report = AutoModel.from_pretrained(
+        sentence.transformer,
+        config=config,
+        dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key.split("."))
+    if missing:
+        raise ModelError(f"its weights lack {len(missing)} tensors, the first is {missing[0]}")
+    rows = transformer.get_input_embeddings().weight.shape[0]
+    if ids > rows:
+        raise ModelError(f"its tokenizer gives ids up to {ids - 1}, the model only knows {rows}")
+    pad_id = getattr(config, "pad_token_id", None) or 0
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in OFFSET_POSITIONS:
+        positions -= pad_id + 1
+    if positions is not None and positions <= 0:  # -1: xlnet's way to say that there is no limit
+        positions = None
+    return Encoder(transformer, head, pad_id=pad_id), positions

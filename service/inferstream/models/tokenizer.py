@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CHARACTERS_PER_TOKEN = 6
-"""The first guess of how much of a long text is read; a wrong guess costs a second, four times longer look."""
+"""The first guess of how much of a long text is read; a wrong one costs another look, 4 times longer."""
 
 Ids = list[int]
 

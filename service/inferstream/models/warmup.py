@@ -1,4 +1,4 @@
-"""Warms a model up and measures what a document costs, so that the compute threads leave room for the rest."""
+"""Warms a model up and measures what a document costs: the compute threads must leave room for the rest."""
 
 from __future__ import annotations
 
@@ -44,7 +44,21 @@ def warm_up(task: Task, runner: Runner) -> Costs:
 
 
 def sample_documents() -> list[Document]:
-    words = "the reader opens a file and returns each line of text until nothing is left to be read".split()
+    words = [
+        "the",
+        "reader",
+        "opens",
+        "a",
+        "file",
+        "and",
+        "returns",
+        "each",
+        "line",
+        "until",
+        "none",
+        "is",
+        "left",
+    ]
     return [
         Document(str(n), " ".join(words[(n + at) % len(words)] for at in range(count)))
         for n, count in enumerate(WORDS)

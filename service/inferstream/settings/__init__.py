@@ -5,7 +5,7 @@
 from inferstream.settings.derive import origins_of, resolve
 from inferstream.settings.keys import SETTINGS, show, value_of
 from inferstream.settings.loading import Loaded, load_settings
-from inferstream.settings.machine import cores, device_of
+from inferstream.settings.machine import cores, device_kind
 from inferstream.settings.reference import help_text, json_schema, reference
 from inferstream.settings.sources import parse_flags
 from inferstream.settings.tree import Settings
@@ -15,7 +15,7 @@ __all__ = [
     "Loaded",
     "Settings",
     "cores",
-    "device_of",
+    "device_kind",
     "help_text",
     "json_schema",
     "load_settings",

@@ -1,4 +1,4 @@
-"""``python -m inferstream.settings > docs/settings.md``; with ``--schema``, the JSON Schema of a settings file."""
+"""``python -m inferstream.settings > docs/settings.md``; with ``--schema``, the JSON Schema of a file."""
 
 import json
 import sys

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from inferstream.settings.keys import SETTINGS, one_of, show, value_of
+from inferstream.settings.machine import DEVICES
 from inferstream.settings.tree import Settings
 
 COMMIT_SHARE = 0.25  # a commit may take this share of delivery.revoke_timeout_s
@@ -29,6 +30,9 @@ def conflicts(settings: Settings) -> Iterator[Conflict]:
     yield from _topics(settings)
     yield from _guarantee(settings)
     yield from _security(settings)
+    if settings.model.device not in ("auto", *DEVICES):
+        text = f"{settings.model.device} is not yet in this version: use {one_of(DEVICES)}"
+        yield Conflict(("model.device",), text)
 
 
 def _timeouts(settings: Settings) -> Iterator[Conflict]:
@@ -38,27 +42,28 @@ def _timeouts(settings: Settings) -> Iterator[Conflict]:
         longest = REBALANCE_SHARE * kafka.rebalance_timeout_ms / 1000 / (1 + COMMIT_SHARE)
         yield Conflict(
             ("delivery.revoke_timeout_s", "kafka.rebalance_timeout_ms"),
-            "finishing what a revoked partition holds and committing it would take more than 0.6 of the rebalance, "
-            f"and the group would throw this worker out: delivery.revoke_timeout_s must be below {longest:g}, or "
-            f"kafka.rebalance_timeout_ms above {revoke_ms / REBALANCE_SHARE:g}",
+            "finishing what a revoked partition holds and committing it would take more than 0.6 of the "
+            f"rebalance, and the group would throw this worker out: delivery.revoke_timeout_s must be below "
+            f"{longest:g}, or kafka.rebalance_timeout_ms above {revoke_ms / REBALANCE_SHARE:g}",
         )
     if kafka.request_timeout_ms <= kafka.rebalance_timeout_ms:
         yield Conflict(
             ("kafka.request_timeout_ms", "kafka.rebalance_timeout_ms"),
-            "joining a group is one request that is answered when the rebalance ends: kafka.request_timeout_ms "
-            f"must be above kafka.rebalance_timeout_ms ({kafka.rebalance_timeout_ms})",
+            "joining a group is one request that is answered when the rebalance ends: "
+            "kafka.request_timeout_ms must be above kafka.rebalance_timeout_ms "
+            f"({kafka.rebalance_timeout_ms})",
         )
     if kafka.heartbeat_interval_ms * 3 > kafka.session_timeout_ms:
         yield Conflict(
             ("kafka.heartbeat_interval_ms", "kafka.session_timeout_ms"),
-            "two lost heartbeats must not end the session: kafka.heartbeat_interval_ms must be at most a third of "
-            f"kafka.session_timeout_ms ({kafka.session_timeout_ms // 3})",
+            "two lost heartbeats must not end the session: kafka.heartbeat_interval_ms must be at most a "
+            f"third of kafka.session_timeout_ms ({kafka.session_timeout_ms // 3})",
         )
     if settings.batch.linger_ms * 2 >= delivery.revoke_timeout_s * 1000:
         yield Conflict(
             ("batch.linger_ms", "delivery.revoke_timeout_s"),
-            "a revoked partition would spend its time waiting for batches to fill: batch.linger_ms must be below "
-            f"half of delivery.revoke_timeout_s ({delivery.revoke_timeout_s * 500:g} ms)",
+            "a revoked partition would spend its time waiting for batches to fill: batch.linger_ms must "
+            f"be below half of delivery.revoke_timeout_s ({delivery.revoke_timeout_s * 500:g} ms)",
         )
 
 
@@ -67,12 +72,12 @@ def _topics(settings: Settings) -> Iterator[Conflict]:
     if output and output in inputs:
         yield Conflict(
             ("output.topic", "input.topics"),
-            f"results must not go to an input topic ({output}): each would be read again as a document, for ever",
+            f"results must not go to an input topic ({output}): each would be read again, for ever",
         )
     if dead_letters and dead_letters in inputs:
         yield Conflict(
             ("dead_letter.topic", "input.topics"),
-            f"dead letters must not go to an input topic ({dead_letters}): each would be read again, for ever",
+            f"dead letters must not go to an input topic ({dead_letters}): each would be read again",
         )
     if output and output == dead_letters:
         yield Conflict(
@@ -86,8 +91,8 @@ def _guarantee(settings: Settings) -> Iterator[Conflict]:
         return
     yield Conflict(
         ("delivery.guarantee",),
-        "exactly-once is not yet in this version: use at-least-once, and let readers drop repeats by the result's "
-        "source (topic, partition, offset)",
+        "exactly-once is not yet in this version: use at-least-once, and let readers drop repeats by the "
+        "result's source (topic, partition, offset)",
     )
     if settings.delivery.order == "none":
         yield Conflict(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from inferstream.errors import SettingsError
+from inferstream.settings.machine import DEVICES
 from inferstream.settings.tree import MAX_TOPIC_NAME, MIB, Settings
 
 WINDOW_BATCHES = 16  # below about 16 batches in the window, padding grows
@@ -20,14 +21,14 @@ Derivations = dict[str, tuple[Any, str]]
 
 
 def derive_names(settings: Settings) -> Settings:
-    """Fill what follows from other settings alone: the dead-letter topic, the client id, the commit interval."""
+    """Fill what follows from other settings: the dead-letter topic, the client id, the commit interval."""
     found: Derivations = {}
     if not settings.dead_letter.topic and settings.output.topic:
         name = f"{settings.output.topic}.dead-letters"
         if len(name) > MAX_TOPIC_NAME:
             raise SettingsError(
-                f"dead_letter.topic: {name[:40]}… (derived from output.topic) is longer than the {MAX_TOPIC_NAME} "
-                "characters that Kafka allows; set dead_letter.topic"
+                f"dead_letter.topic: {name[:40]}… (derived from output.topic) is longer than the "
+                f"{MAX_TOPIC_NAME} characters that Kafka allows; set dead_letter.topic"
             )
         found["dead_letter.topic"] = (name, "output.topic with .dead-letters")
     if not settings.kafka.client_id:
@@ -39,7 +40,7 @@ def derive_names(settings: Settings) -> Settings:
 
 
 def resolve(settings: Settings, device: str, cores: int) -> Settings:
-    """Fill what depends on the device (``cpu``, ``cuda`` or ``hash``) and on the cores; see ``Settings.derived``.
+    """Fill what depends on the device (``cpu``, ``cuda``, ``hash``) and the cores; see ``Settings.derived``.
 
     What only the model or a topic can tell stays None: ``model.max_length``, ``model.compute_threads``,
     ``output.max_message_bytes``, ``dead_letter.max_message_bytes``.  Raises SettingsError when what is set
@@ -51,7 +52,7 @@ def resolve(settings: Settings, device: str, cores: int) -> Settings:
 
     if model.device == "auto":
         why = {
-            "cpu": "no NVIDIA GPU on this machine",
+            "cpu": "no NVIDIA GPU here" if "cuda" in DEVICES else "the only device in this version",
             "cuda": "there is an NVIDIA GPU",
             "hash": "builtin:hash runs on the CPU",
         }[device]
@@ -65,17 +66,17 @@ def resolve(settings: Settings, device: str, cores: int) -> Settings:
         found["batch.max_tokens"] = (batch_tokens, why)
     elif model.max_length is not None and batch_tokens < model.max_length:
         raise SettingsError(
-            f"batch.max_tokens: {batch_tokens} is below model.max_length ({model.max_length}), so that a full document "
-            "would fit no batch; raise batch.max_tokens or lower model.max_length"
+            f"batch.max_tokens: {batch_tokens} is below model.max_length ({model.max_length}), so that a "
+            "full document would fit no batch; raise batch.max_tokens or lower model.max_length"
         )
 
     if buffer.max_tokens is None:
-        why = f"{WINDOW_BATCHES} x batch.max_tokens ({batch_tokens}), a window to choose documents of like length from"
+        why = f"{WINDOW_BATCHES} x batch.max_tokens ({batch_tokens}), to choose documents of like length from"
         found["buffer.max_tokens"] = (WINDOW_BATCHES * batch_tokens, why)
     elif buffer.max_tokens < batch_tokens:
         raise SettingsError(
-            f"buffer.max_tokens: {buffer.max_tokens} is below batch.max_tokens ({batch_tokens}), so that no batch would "
-            f"ever be full; set at least {batch_tokens}, better {WINDOW_BATCHES * batch_tokens}"
+            f"buffer.max_tokens: {buffer.max_tokens} is below batch.max_tokens ({batch_tokens}), so that no "
+            f"batch would ever be full; set at least {batch_tokens}, better {WINDOW_BATCHES * batch_tokens}"
         )
 
     if buffer.max_documents is None:

@@ -21,7 +21,7 @@ REQUIRED = ("kafka.bootstrap_servers", "input.topics", "output.topic")  # by `ru
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One leaf of the tree.  ``type`` is its type without ``None``; ``choices`` is empty unless it is closed."""
+    """One leaf of the tree.  ``type`` is its type without None; ``choices`` is empty unless it is closed."""
 
     key: str
     type: Any
@@ -120,7 +120,8 @@ def _leaves(section: type[Section], path: str) -> Iterator[Setting]:
 
 
 def _leaf(key: str, field: FieldInfo) -> Setting:
-    inner, metadata = field.annotation, list(field.metadata)
+    inner: Any = field.annotation
+    metadata = list(field.metadata)
     if get_origin(inner) in (Union, types.UnionType):
         inner = next(part for part in get_args(inner) if part is not types.NoneType)
     while hasattr(inner, "__metadata__"):

@@ -1,4 +1,4 @@
-"""What the settings derive from: the cores this process may use, and whether there is a GPU.  Imports no torch."""
+"""What settings derive from: the cores this process may use, and the kind of device.  Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path, PurePosixPath
 from inferstream.settings.tree import Settings
 
 HASH_MODEL = "builtin:hash"
+DEVICES = ("cpu",)  # what this version can compute on; `auto` takes the best of them
 
 
 def cores(root: Path = Path("/")) -> int:
     """The cores this process may use: the smaller of its affinity and its control group's quota, at least 1.
 
-    A quota of 2.5 cores counts as 2: a third thread would be throttled half of the time, and hold up the others.
+    A quota of 2.5 cores counts as 2: a third thread would be throttled half of the time and hold up the rest.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(root)
@@ -62,7 +63,7 @@ def _quota(group: Path) -> float | None:
         return None
 
 
-def device_of(settings: Settings, root: Path = Path("/")) -> str:
+def device_kind(settings: Settings, root: Path = Path("/")) -> str:
     """Which device the worker will use, for :func:`resolve`: ``hash``, ``cpu`` or ``cuda``.
 
     ``auto`` looks for the NVIDIA driver, without asking torch, so that the command line stays quick.
@@ -71,5 +72,7 @@ def device_of(settings: Settings, root: Path = Path("/")) -> str:
         return "hash"
     if settings.model.device != "auto":
         return settings.model.device
+    if "cuda" not in DEVICES:
+        return "cpu"
     found = (root / "dev/nvidia0").exists() or (root / "proc/driver/nvidia/version").exists()
     return "cuda" if found else "cpu"

@@ -1,17 +1,18 @@
 """Where settings come from: YAML files, the environment, flags.  Each gives texts with their origin.
 
 A value stays the text that was written until the setting's own type reads it, whatever the source.  So YAML
-cannot turn ``group_id: 007`` into 7, ``no`` into false or ``12:30`` into 750.  Nothing here stops at the first
-problem; each becomes one line in a list.
+cannot turn ``group_id: 007`` into 7, ``no`` into false or ``12:30`` into 750.  Nothing here stops at the
+first problem; each becomes one line in a list.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -29,10 +30,26 @@ _KEY_OF_MISTAKE = {setting.variable.replace("__", "_"): key for key, setting in 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A value as it was written, None for ``auto``, and where: ``file:PATH:LINE``, ``env NAME``, ``flag --NAME``."""
+    """What was written, None for ``auto``; and where: ``file:PATH:LINE``, ``env NAME``, ``flag --NAME``."""
 
     value: str | list[str] | None
     origin: str
+
+
+@dataclass(slots=True)
+class Problems:
+    """What is wrong so far: a line each, and the keys and sections that they are about."""
+
+    lines: list[str] = field(default_factory=list)
+    keys: set[str] = field(default_factory=set)
+
+    def add(self, key: str, text: str, origin: str) -> None:
+        self.lines.append(f"{key}: {text} [{origin}]")
+        self.keys.add(key)
+
+    def about(self, key: str) -> bool:
+        """Whether the setting, or a section that it is in, has a problem."""
+        return any(key == known or key.startswith(f"{known}.") for known in self.keys)
 
 
 def brief(value: object) -> str:
@@ -45,7 +62,7 @@ def _did_you_mean(names: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
-def _given(setting: Setting, value: str | list[str], origin: str, problems: list[str]) -> Given | None:
+def _given(setting: Setting, value: str | list[str], origin: str, problems: Problems) -> Given | None:
     """Bring a value into the shape of its setting: a text, a list of texts, or None for ``auto``."""
     if setting.is_secret:
         return Given(value, origin) if isinstance(value, str) else None
@@ -61,14 +78,13 @@ def _given(setting: Setting, value: str | list[str], origin: str, problems: list
             except ValueError:
                 items = None
             if not isinstance(items, list) or any(not isinstance(item, str | int | float) for item in items):
-                problems.append(
-                    f"{setting.key}: {brief(value)} is no JSON list of texts, nor items with commas between [{origin}]"
-                )
+                what = f"{brief(value)} must be a JSON list of texts, or texts with commas between"
+                problems.add(setting.key, what, origin)
                 return None
             return Given([str(item) for item in items], origin)
         return Given([item.strip() for item in value.split(",") if item.strip()], origin)
     if not setting.is_list:
-        problems.append(f"{setting.key}: takes one value, not a list; must be {setting.allowed} [{origin}]")
+        problems.add(setting.key, f"takes one value, not a list; must be {setting.allowed}", origin)
         return None
     return Given([item.strip() for item in value], origin)
 
@@ -76,32 +92,32 @@ def _given(setting: Setting, value: str | list[str], origin: str, problems: list
 # ---- YAML
 
 
-def read_file(path: Path, problems: list[str]) -> dict[str, Given]:
-    """Key → what a settings file gives.  Messages name the line and never quote it: it may hold a password."""
+def read_file(path: Path, problems: Problems) -> dict[str, Given]:
+    """Key → what a settings file gives.  Errors of syntax name the line without quoting it."""
     try:
         node = yaml.compose(path.read_bytes().decode("utf-8-sig"), Loader=yaml.SafeLoader)
     except OSError as error:
-        problems.append(f"file:{path}: cannot be read: {error.strerror or error}")
+        problems.lines.append(f"file:{path}: cannot be read: {error.strerror or error}")
         return {}
     except UnicodeDecodeError as error:
-        problems.append(f"file:{path}: is not UTF-8 (byte {error.start})")
+        problems.lines.append(f"file:{path}: is not UTF-8 (byte {error.start})")
         return {}
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}: column {mark.column + 1}" if mark is not None else ""
-        problems.append(f"file:{path}{where}: is not YAML: {error.problem or error.context}")
+        problems.lines.append(f"file:{path}{where}: is not YAML: {error.problem or error.context}")
         return {}
     except yaml.YAMLError as error:
-        problems.append(f"file:{path}: is not YAML: {' '.join(str(error).split())}")
+        problems.lines.append(f"file:{path}: is not YAML: {' '.join(str(error).split())}")
         return {}
     except RecursionError:
-        problems.append(f"file:{path}: is nested too deep")
+        problems.lines.append(f"file:{path}: is nested too deep")
         return {}
     found: dict[str, Given] = {}
     if node is None or _is_null(node):
         return found
     if not isinstance(node, yaml.MappingNode):
-        problems.append(
+        problems.lines.append(
             f"file:{path}:{_line(node)}: must be a mapping of sections, such as 'kafka:', not {_kind(node)}"
         )
         return found
@@ -110,41 +126,41 @@ def read_file(path: Path, problems: list[str]) -> dict[str, Given]:
 
 
 def _read_section(
-    node: yaml.MappingNode, path: str, file: str, found: dict[str, Given], problems: list[str]
+    node: yaml.MappingNode, path: str, file: str, found: dict[str, Given], problems: Problems
 ) -> None:
     lines: dict[str, int] = {}
     for name_node, value in node.value:
         origin = f"{file}:{_line(name_node)}"
         if not isinstance(name_node, yaml.ScalarNode):
-            problems.append(
-                f"{path or 'top level'}: a name must be a text, not {_kind(name_node)} [{origin}]"
-            )
+            problems.add(path or "the file", f"a name must be a text, not {_kind(name_node)}", origin)
             continue
         name = name_node.value
         key = f"{path}.{name}" if path else name
         if name in lines:
-            problems.append(f"{key}: stands here twice, the first time on line {lines[name]} [{origin}]")
+            problems.add(key, f"stands here twice, the first time on line {lines[name]}", origin)
             continue
         lines[name] = _line(name_node)
         if name_node.tag == "tag:yaml.org,2002:merge":
-            problems.append(
-                f"{key}: YAML merge keys are not supported; give several --config files [{origin}]"
+            problems.add(key, "YAML merge keys are not supported; give several --config files", origin)
+        elif "." in name:
+            problems.add(
+                key, "sections are nested in YAML: write 'kafka:' and below it 'group_id: …'", origin
             )
         elif key in SECTIONS:
             if isinstance(value, yaml.MappingNode):
                 _read_section(value, key, file, found, problems)
             elif not _is_null(value):
-                problems.append(
-                    f"{key}: is a section and takes settings below it, not {_kind(value)} [{origin}]"
-                )
+                problems.add(key, f"is a section and takes settings below it, not {_kind(value)}", origin)
         elif key in SETTINGS:
             _read_leaf(SETTINGS[key], value, origin, found, problems)
         else:
-            problems.append(f"{key}: no such setting{_unknown_in_file(value, key)} [{origin}]")
+            problems.add(key, f"no such setting{_unknown_in_file(value, key)}", origin)
 
 
 def _unknown_in_file(value: yaml.Node, key: str) -> str:
     """A hint for an unknown key; for an unknown section, by the first setting below it."""
+    if sections := difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.75):
+        return _did_you_mean(sections)
     probe = key
     if isinstance(value, yaml.MappingNode) and value.value and isinstance(value.value[0][0], yaml.ScalarNode):
         probe = f"{key}.{value.value[0][0].value}"
@@ -152,19 +168,18 @@ def _unknown_in_file(value: yaml.Node, key: str) -> str:
 
 
 def _read_leaf(
-    setting: Setting, node: yaml.Node, origin: str, found: dict[str, Given], problems: list[str]
+    setting: Setting, node: yaml.Node, origin: str, found: dict[str, Given], problems: Problems
 ) -> None:
     key = setting.key
     if _is_null(node):
         return  # says nothing, as if the line were not there
     if setting.is_secret:
-        problems.append(
-            f"{key}: a secret does not belong in a settings file; use {setting.variable} or {key}_file [{origin}]"
-        )
+        what = f"a secret does not belong in a settings file; use {setting.variable} or {key}_file"
+        problems.add(key, what, origin)
         return
     odd = next((part for part in _parts(node) if not _is_plain(part)), None)
     if odd is not None:
-        problems.append(f"{key}: must be {setting.allowed}, not {_kind(odd)} [{origin}]")
+        problems.add(key, f"must be {setting.allowed}, not {_kind(odd)}", origin)
         return
     given: Given | None
     if isinstance(node, yaml.SequenceNode):
@@ -208,13 +223,11 @@ def _kind(node: yaml.Node) -> str:
 # ---- environment
 
 
-def read_environment(
-    environ: Mapping[str, str], problems: list[str], warnings: list[str]
-) -> dict[str, Given]:
-    """Key → what the environment gives.  An empty variable says nothing: compose files write them for what is unset.
+def read_environment(environ: Mapping[str, str], problems: Problems, warnings: list[str]) -> dict[str, Given]:
+    """Key → what the environment gives.  An empty variable says nothing: compose files write such.
 
-    Only names with ``__`` after the prefix are settings: for a Service called ``inferstream``, Kubernetes puts
-    ``INFERSTREAM_PORT=tcp://…`` and its like into every pod of the namespace.
+    Only names with ``__`` after the prefix are settings: for a Service called ``inferstream``, Kubernetes
+    puts ``INFERSTREAM_PORT=tcp://…`` and its like into every pod of the namespace.
     """
     found: dict[str, Given] = {}
     for variable in sorted(environ):
@@ -230,7 +243,7 @@ def read_environment(
         key = _KEY_OF_VARIABLE.get(variable)
         if key is None:
             names = [SETTINGS[near].variable for near in _close_to_variable(upper)]
-            problems.append(f"{variable}: no such setting{_did_you_mean(names)} [{origin}]")
+            problems.add(variable, f"no such setting{_did_you_mean(names)}", "env")
         elif value.strip():
             given = _given(SETTINGS[key], value, origin, problems)
             if given is not None:
@@ -256,18 +269,18 @@ def config_files(environ: Mapping[str, str]) -> list[Path]:
 def parse_flags(arguments: Sequence[str]) -> dict[str, str | list[str]]:
     """Turn ``["--kafka.group-id", "x", "--input.topics=a"]`` into key → value, for :func:`load_settings`.
 
-    A list takes its flag several times, or commas; of any other flag the last one counts.  ``_`` is as good as
-    ``-``.  Raises SettingsError with a line for each argument that is wrong; it quotes no value, as it may be a
-    password that someone meant to pass.
+    A list takes its flag several times, or commas; of any other flag the last one counts.  ``_`` is as good
+    as ``-``.  Raises SettingsError with a line for each argument that is wrong; none quotes a value, which
+    may be a password.
     """
     found: dict[str, str | list[str]] = {}
-    problems: list[str] = []
+    problems = Problems()
     rest = list(arguments)
     while rest:
         name, has_value, value = rest.pop(0).partition("=")
         if not name.startswith("--") or name == "--":
             what = "an option" if name.startswith("-") else "an argument"
-            problems.append(
+            problems.lines.append(
                 f"{brief(name)}: unexpected; settings are flags such as --kafka.group-id, this is {what}"
             )
             continue
@@ -276,20 +289,20 @@ def parse_flags(arguments: Sequence[str]) -> dict[str, str | list[str]]:
             has_value, value = "=", rest.pop(0)
         if key is None:
             near = [SETTINGS[known].flag for known in close_keys(name[2:].replace("-", "_"))]
-            problems.append(f"{name}: no such flag{_did_you_mean(near)}")
+            problems.lines.append(f"{name}: no such flag{_did_you_mean(near)}")
             continue
         setting = SETTINGS[key]
         if setting.is_secret:
-            problems.append(
+            problems.lines.append(
                 f"{name}: a secret has no flag, as every process could read it; use {setting.variable} or "
                 f"{SETTINGS[f'{key}_file'].flag}"
             )
         elif not has_value:
-            problems.append(
+            problems.lines.append(
                 f"{name}: needs a value; must be {setting.allowed} (if it begins with '--': {name}=VALUE)"
             )
         elif not value.strip():
-            problems.append(f"{name}: the value is empty; must be {setting.allowed}")
+            problems.lines.append(f"{name}: the value is empty; must be {setting.allowed}")
         elif setting.is_list:
             earlier = found.get(key, [])
             given = _given(setting, value, f"flag {setting.flag}", problems)
@@ -297,12 +310,12 @@ def parse_flags(arguments: Sequence[str]) -> dict[str, str | list[str]]:
                 found[key] = [*earlier, *given.value]
         else:
             found[key] = value
-    if problems:
-        raise SettingsError("\n".join(problems))
+    if problems.lines:
+        raise SettingsError("\n".join(problems.lines))
     return found
 
 
-def read_flags(flags: Mapping[str, object], problems: list[str]) -> dict[str, Given]:
+def read_flags(flags: Mapping[str, object], problems: Problems) -> dict[str, Given]:
     """Key → what flags, or a caller that sets settings itself, give.  None says nothing."""
     found: dict[str, Given] = {}
     for key, value in flags.items():
@@ -310,7 +323,7 @@ def read_flags(flags: Mapping[str, object], problems: list[str]) -> dict[str, Gi
             continue
         setting = SETTINGS.get(key)
         if setting is None:
-            problems.append(f"{key}: no such setting{_did_you_mean(close_keys(key))} [flag]")
+            problems.add(key, f"no such setting{_did_you_mean(close_keys(key))}", "flag")
             continue
         text = [str(item) for item in value] if isinstance(value, list | tuple) else str(value)
         given = _given(setting, text, f"flag {setting.flag}", problems)

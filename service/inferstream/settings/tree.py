@@ -23,8 +23,7 @@ MAX_TOPIC_NAME = 249  # characters; the broker refuses longer ones
 class Auto:
     """Marks a setting that the worker finds by itself while it is not set; ``how`` says how, in a few words.
 
-    The text ``auto`` is accepted as its value and takes back what a lower layer has set.
-    """
+    The text ``auto`` is accepted as its value and takes back what a lower layer has set."""
 
     how: str
 
@@ -102,8 +101,8 @@ class Security(Section):
     """The SASL user.  Not yet in this version: refused if set."""
 
     password: SecretStr | None = None
-    """The SASL password.  Not yet in this version: refused if set.  A secret: it has no flag and no place in a
-    settings file; it comes from the environment or from ``kafka.security.password_file``, and is never
+    """The SASL password.  Not yet in this version: refused if set.  A secret: it has no flag and no place in
+    a settings file; it comes from the environment or from ``kafka.security.password_file``, and is never
     printed."""
 
     password_file: Path | None = None
@@ -125,14 +124,14 @@ class Security(Section):
 
 class Kafka(Section):
     bootstrap_servers: Annotated[list[str], AfterValidator(_servers)] = []
-    """The first brokers to ask, as HOST:PORT; required.  ``embedded`` starts a broker inside the process, which
-    keeps nothing: for demonstrations.
+    """The first brokers to ask, as HOST:PORT; required.  ``embedded`` starts a broker inside the process,
+    which lives no longer than it and forgets its oldest records: for demonstrations.
 
     Two or three are enough, the rest is learnt from them; one is a single point of failure at start.  The
     brokers answer with their *advertised* listeners, and those must be reachable from here as well: a worker
-    that starts and then waits for ever usually has a wrong ``advertised.listeners`` on the broker's side.  After
-    the start only known brokers are asked again, so the advertised names should be DNS names, not addresses
-    that change."""
+    that starts and then waits for ever usually has a wrong ``advertised.listeners`` on the broker's side.
+    After the start only known brokers are asked again, so the advertised names should be DNS names, not
+    addresses that change."""
 
     group_id: Text = "inferstream"
     """The consumer group.  Workers with the same group share the partitions and the committed offsets.
@@ -148,30 +147,30 @@ class Kafka(Section):
     client_rack: Text | None = None
     """The rack or availability zone of this worker, as in the brokers' ``broker.rack``.
 
-    With it, and with a rack-aware ``replica.selector.class`` on the brokers, records are fetched from a replica
-    in the same zone, which saves cross-zone traffic and may add a little latency."""
+    With it, and with a rack-aware ``replica.selector.class`` on the brokers, records are fetched from a
+    replica in the same zone, which saves cross-zone traffic and may add a little latency."""
 
     group_instance_id: Text | None = None
     """Makes this worker a static member of the group: a restart within ``kafka.session_timeout_ms`` moves no
     partition.
 
-    It must be unique to each worker and the same after a restart (a StatefulSet's pod name).  Two live workers
-    with the same one evict each other for ever.  A static member does not leave the group when it drains: what
-    is scaled down stalls its partitions for a whole session timeout."""
+    It must be unique to each worker and the same after a restart (a StatefulSet's pod name).  Two live
+    workers with the same one evict each other for ever.  A static member does not leave the group when it
+    drains: what is scaled down stalls its partitions for a whole session timeout."""
 
     transactional_id: Annotated[Text | None, Auto("`<group>-<unique>`")] = None
-    """The transactional id under ``delivery.guarantee: exactly-once``, which is not yet in this version: until
-    then this has no effect.
+    """The transactional id under ``delivery.guarantee: exactly-once``, which is not yet in this version:
+    until then this has no effect.
 
-    It must be unique to each worker; the same one after a restart lets a worker abort what its predecessor left
-    open at once."""
+    It must be unique to each worker; the same one after a restart lets a worker abort what its predecessor
+    left open at once."""
 
     session_timeout_ms: Annotated[int, Field(ge=1000, le=1_800_000)] = 45_000
     """How long the group waits for a heartbeat before it gives this worker's partitions to others, in
     milliseconds.
 
-    Lower finds a dead worker sooner; too low takes a worker's partitions away during a pause of the network or
-    of the process.  It must lie within the brokers' ``group.min.session.timeout.ms`` (6000) and
+    Lower finds a dead worker sooner; too low takes a worker's partitions away during a pause of the network
+    or of the process.  It must lie within the brokers' ``group.min.session.timeout.ms`` (6000) and
     ``group.max.session.timeout.ms`` (1800000), else the group refuses the worker (exit 3)."""
 
     heartbeat_interval_ms: Annotated[int, Field(ge=100, le=600_000)] = 3_000
@@ -190,8 +189,8 @@ class Kafka(Section):
     request_timeout_ms: Annotated[int, Field(ge=1000, le=3_600_000)] = 70_000
     """How long to wait for a broker's answer before the request is tried again, in milliseconds.
 
-    It must be greater than ``kafka.rebalance_timeout_ms``: joining a group is one request that is answered only
-    when the rebalance ends, and a shorter time here makes it start over again and again."""
+    It must be greater than ``kafka.rebalance_timeout_ms``: joining a group is one request that is answered
+    only when the rebalance ends, and a shorter time here makes it start over again and again."""
 
     connect_timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 60
     """How long to try to reach Kafka at start before giving up (exit 3), in seconds.
@@ -208,8 +207,8 @@ class Kafka(Section):
     """The most that one answer holds for one partition, in bytes.
 
     It counts once per partition in memory, outside of ``buffer.max_bytes``.  Larger helps few partitions with
-    high throughput, and makes the turns between partitions coarser.  A single larger batch of records is still
-    delivered."""
+    high throughput, and makes the turns between partitions coarser.  A single larger batch of records is
+    still delivered."""
 
     security: Security = Security()
     """Encryption and authentication."""
@@ -226,8 +225,8 @@ class Input(Section):
     document itself in UTF-8."""
 
     start: Literal["earliest", "latest", "error"] = "earliest"
-    """Where a group without a committed offset begins.  ``error`` refuses to begin (exit 3), for a group that must
-    not lose its place unnoticed.
+    """Where a group without a committed offset begins.  ``error`` refuses to begin (exit 1), for a group that
+    must not lose its place unnoticed.
 
     It counts once per group: the place is committed before the first record is read, so that a crash under
     ``latest`` skips nothing, and a partition that is added later is read from its beginning."""
@@ -240,16 +239,16 @@ class Input(Section):
     isolation: Literal["read_committed", "read_uncommitted"] = "read_committed"
     """Whether records of open and aborted transactions are read.
 
-    With ``read_committed`` a producer that leaves a transaction open holds its partition back until the broker
-    aborts it."""
+    With ``read_committed`` a producer that leaves a transaction open holds its partition back until the
+    broker aborts it."""
 
     tombstones: Literal["forward", "dead-letter"] = "forward"
-    """What becomes of a record with a key and no value.  ``forward`` writes the same to the output topic, so that
-    a compacted index deletes the entry.  One without a key is always a dead letter."""
+    """What becomes of a record with a key and no value.  ``forward`` writes the same to the output topic, so
+    that a compacted index deletes the entry.  One without a key is always a dead letter."""
 
     id_field: Pointer = "/id"
-    """JSON Pointer to the document's id, a string or an integer of at most 1 kB.  A document without one is called
-    ``topic:partition:offset``."""
+    """JSON Pointer to the document's id, a string or an integer of at most 1 kB.  A document without one is
+    called ``topic:partition:offset``."""
 
     text_field: Pointer = "/text"
     """JSON Pointer to the text.  A document without it is a dead letter (``missing_text``)."""
@@ -277,28 +276,28 @@ class Output(Section):
     compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = "zstd"
     """How batches of results and dead letters are compressed.
 
-    zstd and snappy cost little; gzip and lz4 cost more than ten times the CPU per record here and can hold the
+    zstd and snappy cost little; gzip and lz4 cost about ten times the CPU per record or more and can hold the
     whole worker back."""
 
     max_message_bytes: Annotated[int | None, Field(ge=1024, le=1 << 31), Auto("the topic's limit")] = None
     """The largest batch that the output topic accepts, in bytes.
 
     It is read from the topic's ``max.message.bytes``.  Set it only where the worker may not read topic
-    configurations.  Above the topic's real limit, batches are refused and split again and again; a result that
-    is larger alone is a dead letter (``result_too_large``)."""
+    configurations.  Above the topic's real limit, batches are refused and split again and again; a result
+    that is larger alone is a dead letter (``result_too_large``)."""
 
 
 class DeadLetter(Section):
     topic: Annotated[str, AfterValidator(_topic_or_unset), Auto("`<output.topic>.dead-letters`")] = ""
     """The topic for documents that get no result, with the reason in the headers.
 
-    It must exist, must not be compacted (it would lose dead letters that share a key), and must accept records
-    64 KiB larger than the input's."""
+    It must exist, must not be compacted (it would lose dead letters that share a key), and must accept
+    records 64 KiB larger than the input's."""
 
     oversize: Literal["stop", "strip"] = "stop"
-    """What to do when a dead letter is too large for its topic.  ``stop`` ends the worker (exit 7) with nothing
-    committed, and names topic, partition and offset; ``strip`` sends it without the value, its size in a
-    header."""
+    """What to do when a dead letter is too large for its topic.  ``stop`` ends the worker (exit 7) with
+    nothing committed, and names topic, partition and offset; ``strip`` sends it without the value, its size
+    in a header."""
 
     max_message_bytes: Annotated[int | None, Field(ge=1024, le=1 << 31), Auto("the topic's limit")] = None
     """The largest record that the dead-letter topic accepts, in bytes; as ``output.max_message_bytes``."""
@@ -306,8 +305,8 @@ class DeadLetter(Section):
 
 class Model(Section):
     id: Text = "sentence-transformers/all-MiniLM-L6-v2"
-    """Which model: a folder, a name on the Hugging Face hub, ``package:NAME`` (a model inside an installed Python
-    package), or ``builtin:hash`` (a vector computed from the text, without torch: for tests)."""
+    """Which model: a folder, a name on the Hugging Face hub, ``package:NAME`` (a model inside an installed
+    Python package), or ``builtin:hash`` (a vector computed from the text, without torch: for tests)."""
 
     revision: Text | None = None
     """The commit, branch or tag of a model from the hub.
@@ -318,26 +317,27 @@ class Model(Section):
     task: Literal["embed"] = "embed"
     """What the model is asked for.  ``embed``: one vector per document."""
 
-    device: Annotated[Literal["auto", "cpu", "cuda"], Auto("cuda where there is an NVIDIA GPU, else cpu")] = (
-        "auto"
-    )
-    """Where the model runs.  One worker uses one device; choose among several GPUs with CUDA_VISIBLE_DEVICES."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Auto("cpu")] = "auto"
+    """Where the model runs.  ``cuda`` is not yet in this version: it is refused at start (exit 2), and
+    ``auto`` is the CPU also where there is a GPU."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The numbers that the model computes with.  ``auto``: bfloat16 on a GPU that has it in hardware, else float32.
+    """The numbers that the model computes with.  ``auto`` is float32 on the CPU.
 
-    bfloat16 is about twice as fast where the hardware has it; embeddings then agree with float32 to a cosine of
-    at least 0.999.  Vectors computed in different types should not share an index."""
+    bfloat16 is about twice as fast where the hardware has it, and refused (exit 2) on a CPU that has not;
+    embeddings then agree with float32 to a cosine of at least 0.999.  float16 is refused on a CPU.  Vectors
+    computed in different types should not share an index."""
 
     max_length: Annotated[int | None, Field(ge=1, le=1 << 20), Auto("the model's own limit")] = None
     """The most tokens of one model input, special tokens included.
 
-    Longer documents go by ``model.long_documents``.  Lower is faster and reads less of each document; above the
-    model's own limit the worker does not start."""
+    Longer documents go by ``model.long_documents``.  Lower is faster and reads less of each document; above
+    the model's own limit the worker does not start."""
 
     long_documents: Literal["truncate", "chunk", "reject"] = "truncate"
-    """What to do with a document of more than ``model.max_length`` tokens: ``truncate`` keeps its beginning and says
-    so in the result, ``chunk`` runs all of it in pieces, ``reject`` makes it a dead letter (``too_long``)."""
+    """What to do with a document of more than ``model.max_length`` tokens: ``truncate`` keeps its beginning
+    and says so in the result, ``chunk`` runs all of it in pieces, ``reject`` makes it a dead letter
+    (``too_long``)."""
 
     max_chunks: Annotated[int, Field(ge=1, le=1 << 20)] = 1024
     """Under ``long_documents: chunk``, the most pieces of one document; one with more is a dead letter
@@ -357,8 +357,8 @@ class Batch(Section):
     """The token budget of one batch, padding included.
 
     More fills a GPU better up to a point and costs its memory; it also makes every document wait for the
-    longer batch.  It is raised to ``model.max_length`` where that is set and larger, and lowered by the worker
-    itself when the device runs out of memory."""
+    longer batch.  It is raised to ``model.max_length`` where that is set and larger, and lowered by the
+    worker itself when the device runs out of memory."""
 
     linger_ms: Annotated[float, Field(ge=0, le=60_000)] = 5
     """How long a free device waits for a batch to fill, in milliseconds.
@@ -372,8 +372,8 @@ class Buffer(Section):
     max_documents: Annotated[int | None, Field(ge=1, le=1 << 28), Auto("cpu 2048, cuda 16384, hash 8192")] = (
         None
     )
-    """The most documents held between being read and being committed.  At the bound, reading stops until some are
-    done."""
+    """The most documents held between being read and being committed.  At the bound, reading stops until some
+    are done."""
 
     max_tokens: Annotated[int | None, Field(ge=1, le=1 << 32), Auto("16 x batch.max_tokens")] = None
     """The most tokens that are prepared and wait for the device.
@@ -390,8 +390,8 @@ class Buffer(Section):
     client holds comes on top: see ``kafka.fetch_max_bytes`` and ``kafka.max_partition_fetch_bytes``."""
 
     max_lane_share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """The share of the buffer that one partition may take, so that a partition with a slow document at its head
-    leaves room for the others.  1 for a topic with a single partition gains the other half."""
+    """The share of the buffer that one partition may take, so that a partition with a slow document at its
+    head leaves room for the others.  1 for a topic with a single partition gains the other half."""
 
 
 class Prepare(Section):
@@ -403,23 +403,24 @@ class Prepare(Section):
 
 class DeviceSection(Section):
     hang_timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 120
-    """How long a batch may be on the device before ``/livez`` fails, in seconds, so that the orchestrator restarts
-    the worker.
+    """How long a batch may be on the device before ``/livez`` fails, in seconds, so that the orchestrator
+    restarts the worker.
 
     It must be longer than the slowest batch; a restart loads the model anew."""
 
 
 class Delivery(Section):
     guarantee: Literal["at-least-once", "exactly-once"] = "at-least-once"
-    """What a reader of the results can rely on after a crash.  ``at-least-once``: every document has its result, and
-    at most ``delivery.max_uncommitted_documents`` per worker have it twice.
+    """What a reader of the results can rely on after a crash.  ``at-least-once``: every document has its
+    result, and at most ``delivery.max_uncommitted_documents`` per worker have it twice.
 
-    ``exactly-once`` (one Kafka transaction per tick) is not yet in this version: it is refused at start
-    (exit 2)."""
+    ``exactly-once`` (one Kafka transaction per tick) is not yet in this version: it is refused at start (exit
+    2)."""
 
     order: Literal["partition", "none"] = "partition"
-    """``partition``: results of one input partition appear in its order.  ``none`` writes each as soon as it is
-    ready, which is faster for single documents behind slow ones; it cannot be had with ``exactly-once``."""
+    """``partition``: results of one input partition appear in its order.  ``none`` writes each as soon as it
+    is ready, which is faster for single documents behind slow ones; it cannot be had with
+    ``exactly-once``."""
 
     commit_interval_ms: Annotated[int, Field(ge=10, le=600_000)] = 1_000
     """How often progress is committed, in milliseconds (100 by itself under ``exactly-once``).
@@ -429,34 +430,36 @@ class Delivery(Section):
     max_uncommitted_documents: Annotated[int, Field(ge=2, le=1 << 28)] = 10_000
     """The most results that may be written and not yet committed, and so the most repeats after a crash.
 
-    A commit happens early at half of it; at all of it writing waits.  Low with a high rate means many commits."""
+    A commit happens early at half of it; at all of it writing waits.  Low with a high rate means many
+    commits."""
 
     drain_timeout_s: Annotated[float, Field(ge=0.1, le=86_400)] = 30
-    """How long a worker that is told to stop (SIGTERM, Ctrl-C) may take to finish what it holds, in seconds; past
-    it, it ends at once (exit 6) and the next owner repeats the rest.
+    """How long a worker that is told to stop (SIGTERM, Ctrl-C) may take to finish what it holds, in seconds;
+    past it, it ends at once (exit 6) and the next owner repeats the rest.
 
     The orchestrator's own patience must be longer: Kubernetes' terminationGracePeriodSeconds, and Docker's
     stop timeout, which is only 10 s unless set."""
 
     revoke_timeout_s: Annotated[float, Field(ge=0.1, le=3_600)] = 10
-    """How long a worker may take, when its partitions are taken away, to finish what it holds, in seconds; the
-    rest is dropped and the next owner does it.
+    """How long a worker may take, when its partitions are taken away, to finish what it holds, in seconds;
+    the rest is dropped and the next owner does it.
 
     All workers of the group wait for it.  It must be longer than the slowest batch; see
     ``kafka.rebalance_timeout_ms`` for its upper bound."""
 
     transaction_timeout_ms: Annotated[int, Field(ge=1000, le=900_000)] = 10_000
-    """Under ``exactly-once``, when the broker aborts an abandoned transaction, in milliseconds.  Not yet in this
-    version: until then this has no effect."""
+    """Under ``exactly-once``, when the broker aborts an abandoned transaction, in milliseconds.  Not yet in
+    this version: until then this has no effect."""
 
     max_crash_attempts: Annotated[int, Field(ge=1, le=1000)] = 3
-    """After how many crashes on the same stretch of a partition its documents are run one by one, to find the one
-    that kills the process.  Not yet in this version: until then this has no effect."""
+    """After how many crashes on the same stretch of a partition its documents are run one by one, to find the
+    one that kills the process.  Not yet in this version: until then this has no effect."""
 
 
 class Telemetry(Section):
     host: Text = "127.0.0.1"
-    """The address that metrics and health are served on.  0.0.0.0 in a container; there is no authentication."""
+    """The address that metrics and health are served on.  0.0.0.0 in a container; there is no
+    authentication."""
 
     port: Annotated[int, Field(ge=0, le=65_535)] = 9464
     """The port that metrics and health are served on; 0 for none.  A port in use is refused (exit 2)."""

@@ -105,9 +105,7 @@ class EmbedTask:
             return Rejected(Reason.TOO_LONG, "a pair of texts cannot be cut into chunks; shorten it")
         text, pair = self._tokenizer.truncate_pair(text, pair, self._max_length)
         length = len(text) + len(pair) + self._tokenizer.pair.added
-        return _prepared(
-            document, (self._tokenizer.pair_item(text, pair),), (length,), truncated=truncated
-        )
+        return _prepared(document, (self._tokenizer.pair_item(text, pair),), (length,), truncated=truncated)
 
     def _too_long(self, tokens: int) -> Rejected:
         limit = f"model.max_length is {self._max_length}"
@@ -119,7 +117,7 @@ class EmbedTask:
 
 
 def combine(vectors: np.ndarray, weights: Sequence[int], *, normalize: bool) -> np.ndarray:
-    """The mean of rows [chunks, width] by their weights, of unit length if ``normalize``; [width], float32."""
+    """The weighted mean of rows [chunks, width], of unit length if ``normalize``; [width], float32."""
     mean = np.average(vectors, axis=0, weights=weights)
     if normalize:
         mean = mean / max(float(np.linalg.norm(mean)), 1e-12)

@@ -1,4 +1,4 @@
-"""``builtin:hash``: a deterministic vector from the text, for tests and for measuring the path around a model.
+"""``builtin:hash``: a deterministic vector from the text, for tests and to measure the path around a model.
 
 It imports no torch, needs no file and costs next to nothing.
 """

@@ -35,6 +35,7 @@ _PRODUCER = 0  # rd_kafka_type_t: the handle only hosts the mock cluster, its ty
 _CONF_OK = 0
 _ERROR_BYTES = 512
 _TOPIC_ALREADY_EXISTS = 36
+DEFAULT_PARTITIONS = 4  # as many as the mock gives a topic that appears by itself
 INSTALL = "pip install 'inferstream[demo]'"
 
 
@@ -141,7 +142,7 @@ class EmbeddedBroker:
         self._started()
         return self._bootstrap
 
-    def create_topic(self, name: str, partitions: int) -> None:
+    def create_topic(self, name: str, partitions: int = DEFAULT_PARTITIONS) -> None:
         """Create a topic; nothing happens if it exists already (its partitions stay as they are)."""
         library, cluster = self._started()
         if partitions < 1:

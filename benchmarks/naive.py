@@ -1,0 +1,70 @@
+"""The loop that people write first: poll, encode, send, commit.  ``python -m benchmarks.naive JSON``.
+
+Prints ``{"ready": true}`` once the model is warm and the group has settled.  Torch with its default number of
+threads, and encode() as it comes: batches of 32, the longest texts first within one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+import orjson
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+
+from inferstream.models.files import locate
+
+
+def load(model_id: str, dtype: str) -> Any:
+    """The model as sentence-transformers loads it, warm."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(
+        str(locate(model_id, None).folder), model_kwargs={"dtype": getattr(torch, dtype)}, local_files_only=True
+    )
+    model.encode(["warm up " * n for n in (1, 8, 64, 256)] * 8, show_progress_bar=False)
+    return model
+
+
+async def serve(options: dict[str, Any]) -> None:
+    model = load(options["model"], options["dtype"])
+    consumer = AIOKafkaConsumer(
+        options["source"],
+        bootstrap_servers=options["bootstrap"],
+        group_id=options["group"],
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        max_poll_interval_ms=3_600_000,
+    )
+    producer = AIOKafkaProducer(
+        bootstrap_servers=options["bootstrap"], enable_idempotence=True, compression_type=options["compression"]
+    )
+    await consumer.start()
+    await producer.start()
+    while not consumer.assignment():
+        await asyncio.sleep(0.1)
+    print(json.dumps({"ready": True}), flush=True)
+    while True:
+        fetched = await consumer.getmany(timeout_ms=1000, max_records=options["max_records"])
+        records = [record for found in fetched.values() for record in found]
+        if not records:
+            continue
+        documents = [orjson.loads(record.value) for record in records]
+        vectors = model.encode([document["text"] for document in documents], show_progress_bar=False)
+        sent = []
+        for record, document, vector in zip(records, documents, vectors, strict=True):
+            result = {"id": document["id"], "embedding": vector}
+            value = orjson.dumps(result, option=orjson.OPT_SERIALIZE_NUMPY)
+            sent.append(
+                await producer.send(options["target"], value, key=record.key, partition=record.partition)
+            )
+        await asyncio.gather(*sent)
+        await consumer.commit()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(json.loads(sys.argv[1])))

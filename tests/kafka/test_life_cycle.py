@@ -1,0 +1,265 @@
+"""Starts, stops, rebalances and broker outages of real workers on a real Kafka."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
+
+from tests.kafka.test_killed_in_the_middle import (
+    SLOW,
+    caught_up,
+    documents,
+    make_topics,
+    results_so_far,
+    until,
+)
+from tests.support.broker import Broker
+from tests.support.client import Kafka
+from tests.support.judge import judge
+from tests.support.worker import Worker, settings
+
+
+def assert_one_line(worker: Worker, *words: str) -> None:
+    """The error is one line that names what is wrong, and no traceback."""
+    story = worker.stderr_text()
+    assert "Traceback" not in story, story
+    lines = [line for line in story.splitlines() if line.startswith("inferstream: error: ")]
+    assert len(lines) == 1, story
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+# ---- refused at start
+
+
+async def test_worker_when_a_topic_is_missing_then_exits_3_naming_it(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    target = kafka.unique("never-made")
+    worker = launch(settings(kafka.bootstrap, kafka.unique("neither"), target, "g"))
+    assert await worker.ended(60) == 3, worker.stderr_text()
+    assert_one_line(worker, target)
+
+
+async def test_worker_when_no_broker_answers_then_exits_3_after_the_connect_timeout(
+    launch: Callable[..., Worker],
+) -> None:
+    tree = settings("127.0.0.1:1", "in", "out", "g", {"kafka": {"connect_timeout_s": 2}})
+    worker = launch(tree)
+    assert await worker.ended(30) == 3
+    assert_one_line(worker, "127.0.0.1:1")
+
+
+async def test_worker_when_the_host_does_not_exist_then_exits_3(launch: Callable[..., Worker]) -> None:
+    tree = settings("no-such-host.invalid:9092", "in", "out", "g", {"kafka": {"connect_timeout_s": 2}})
+    worker = launch(tree)
+    assert await worker.ended(40) == 3
+    assert_one_line(worker, "no-such-host.invalid")
+
+
+@pytest.mark.model
+async def test_worker_when_the_model_is_unknown_then_exits_4(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(kafka, "unknown-model", 0)
+    changes = {"model": {"id": "nobody/has-this-model"}}
+    worker = launch(
+        settings(kafka.bootstrap, source, target, group, changes), environ={"HF_HUB_OFFLINE": "1"}
+    )
+    assert await worker.ended(60) == 4, worker.stderr_text()
+    assert_one_line(worker, "nobody/has-this-model")
+
+
+async def test_worker_when_the_folder_is_no_model_then_exits_4(
+    kafka: Kafka, launch: Callable[..., Worker], tmp_path: Path
+) -> None:
+    source, target, group = await make_topics(kafka, "no-model", 0)
+    folder = tmp_path / "nothing-here"
+    folder.mkdir()
+    worker = launch(settings(kafka.bootstrap, source, target, group, {"model": {"id": str(folder)}}))
+    assert await worker.ended(60) == 4, worker.stderr_text()
+    assert_one_line(worker, "nothing-here")
+
+
+async def test_worker_when_the_telemetry_port_is_in_use_then_exits_2(launch: Callable[..., Worker]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        worker = launch(settings("127.0.0.1:1", "in", "out", "g", {"telemetry": {"port": port}}))
+        assert await worker.ended(30) == 2
+    assert_one_line(worker, "telemetry.port", str(port))
+
+
+# ---- where a group starts
+
+
+async def process_all(
+    kafka: Kafka, launch: Callable[..., Worker], tree: dict[str, object], source: str, group: str
+) -> None:
+    worker = launch(tree)
+    await until(lambda: caught_up(kafka, group, source), 60, "the worker to catch up")
+    worker.terminate()
+    assert await worker.ended(40) == 0, worker.stderr_text()[-2000:]
+
+
+@pytest.mark.timeout(120)
+async def test_latest_when_killed_before_the_first_result_then_what_arrived_meanwhile_is_not_lost(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(kafka, "latest", 40)
+    tree = settings(kafka.bootstrap, source, target, group, {"input": {"start": "latest"}})
+    worker = launch(tree)
+    await until(lambda: caught_up(kafka, group, source), 60, "the start to be committed")
+    worker.kill9()
+    await worker.ended(10)
+    await kafka.produce(source, documents(20))
+    await process_all(kafka, launch, tree, source, group)
+    assert len(await kafka.read_all(target)) == 20
+
+
+@pytest.mark.timeout(120)
+async def test_latest_when_partitions_are_added_then_they_are_read_from_their_beginning(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(kafka, "born-later", 12)
+    tree = settings(kafka.bootstrap, source, target, group, {"input": {"start": "latest"}})
+    await process_all(kafka, launch, tree, source, group)
+    assert await kafka.read_all(target) == []
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+    await admin.start()
+    await admin.create_partitions({source: NewPartitions(total_count=6)})
+    await admin.close()
+
+    async def there() -> bool:
+        return len(await kafka.end_offsets(source)) == 6
+
+    await until(there, 30, "the new partitions")
+    await kafka.produce(source, [(None, orjson.dumps({"text": "in a new partition"}), (), 5)])
+    await process_all(kafka, launch, tree, source, group)
+    [result] = await kafka.read_all(target)
+    assert orjson.loads(result.value)["source"]["partition"] == 5
+
+
+async def test_start_error_when_there_is_no_offset_then_exits_1_naming_the_partition(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(kafka, "start-error", 4)
+    worker = launch(settings(kafka.bootstrap, source, target, group, {"input": {"start": "error"}}))
+    assert await worker.ended(60) == 1
+    assert_one_line(worker, "input.start", f"{source}:0")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+async def test_offsets_when_lost_then_stops_or_skips(
+    kafka: Kafka, launch: Callable[..., Worker], policy: str
+) -> None:
+    source, target, group = await make_topics(kafka, "lost", 0)
+    tree = settings(kafka.bootstrap, source, target, group, {"input": {"on_lost_range": policy}})
+    await kafka.produce(source, [(None, orjson.dumps({"text": f"document {n}"}), (), 0) for n in range(10)])
+    await process_all(kafka, launch, tree, source, group)
+    await kafka.produce(
+        source, [(None, orjson.dumps({"text": f"document {n}"}), (), 0) for n in range(10, 20)]
+    )
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+    await admin.start()
+    await admin.delete_records({TopicPartition(source, 0): RecordsToDelete(before_offset=15)})
+    await admin.close()
+    if policy == "stop":
+        worker = launch(tree)
+        assert await worker.ended(60) == 1, worker.stderr_text()
+        assert_one_line(worker, f"{source}:0:10", "input.on_lost_range")
+    else:
+        await process_all(kafka, launch, tree, source, group)
+        answered = [orjson.loads(record.value)["source"]["offset"] for record in await kafka.read_all(target)]
+        assert answered == [*range(10), *range(15, 20)]
+
+
+# ---- the group
+
+
+@pytest.mark.timeout(180)
+async def test_second_member_when_it_joins_and_leaves_then_nothing_is_missing(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(kafka, "rebalance", 30_000)
+    tree = settings(kafka.bootstrap, source, target, group, SLOW)
+    first = launch(tree)
+
+    async def started() -> bool:
+        return await results_so_far(kafka, target) > 500
+
+    await until(started, 60, "the first member's results")
+    second = launch(tree)
+    await second.says("assigned", 60)
+    second.terminate()
+    assert await second.ended(40) == 0, second.stderr_text()[-2000:]
+    await until(lambda: caught_up(kafka, group, source), 90, "the group to catch up")
+    first.terminate()
+    assert await first.ended(40) == 0, first.stderr_text()[-2000:]
+    verdict = judge(await kafka.read_all(target))
+    assert verdict.missing(await kafka.end_offsets(source)) == []
+    assert all(run.count == run.last - run.first + 1 for runs in verdict.runs.values() for run in runs)
+
+
+async def test_commit_when_the_topic_ends_in_transaction_markers_then_the_lag_reaches_zero(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(kafka, "markers", 0)
+    producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap, transactional_id=kafka.unique("txn"))
+    await producer.start()
+    for value, commit in ((b'{"text": "kept"}', True), (b'{"text": "aborted"}', False)):
+        await producer.begin_transaction()
+        await producer.send_and_wait(source, value, partition=0)
+        await (producer.commit_transaction() if commit else producer.abort_transaction())
+    await producer.stop()
+    await process_all(kafka, launch, settings(kafka.bootstrap, source, target, group), source, group)
+    [result] = await kafka.read_all(target)
+    assert orjson.loads(result.value)["source"]["offset"] == 0
+
+
+# ---- the broker goes away
+
+
+@pytest.mark.timeout(180)
+async def test_broker_when_killed_and_restarted_then_the_worker_recovers_by_itself(
+    own_broker: Broker, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(own_broker, "outage", 20_000)
+    worker = launch(settings(own_broker.bootstrap, source, target, group, SLOW))
+
+    async def started() -> bool:
+        return await results_so_far(own_broker, target) > 500
+
+    await until(started, 60, "the first results")
+    own_broker.kill()
+    own_broker.restart()
+    await until(lambda: caught_up(own_broker, group, source), 120, "the worker to recover")
+    assert worker.returncode is None
+    worker.terminate()
+    assert await worker.ended(40) == 0, worker.stderr_text()[-2000:]
+    verdict = judge(await own_broker.read_all(target))
+    assert verdict.missing(await own_broker.end_offsets(source)) == []
+
+
+@pytest.mark.timeout(120)
+async def test_sigterm_when_the_broker_is_away_then_exits_6_within_the_deadline(
+    own_broker: Broker, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(own_broker, "away", 20_000)
+    tree = settings(own_broker.bootstrap, source, target, group, SLOW)
+    tree["delivery"] = {**SLOW["delivery"], "drain_timeout_s": 4}
+    worker = launch(tree)
+
+    async def started() -> bool:
+        return await results_so_far(own_broker, target) > 500
+
+    await until(started, 60, "the first results")
+    own_broker.kill()
+    worker.terminate()
+    assert await worker.ended(40) == 6, worker.stderr_text()[-2000:]
+    assert_one_line(worker, "delivery.drain_timeout_s")
