@@ -20,7 +20,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from benchmarks.documents import Corpus
 from inferstream.codec import Codec
 from inferstream.models.loading import load
-from inferstream.settings import cores, device_of, load_settings, resolve
+from inferstream.settings import cores, device_kind, load_settings, resolve
 from inferstream.tools.bench import Engine
 
 CALIBRATION = 400
@@ -28,7 +28,7 @@ CALIBRATION = 400
 
 async def serve(options: dict[str, Any]) -> None:
     loaded = load_settings(environ={}, flags=options["settings"], require=False)
-    settings = resolve(loaded.settings, device_of(loaded.settings), cores())
+    settings = resolve(loaded.settings, device_kind(loaded.settings), cores())
     codec = Codec.from_settings(settings)
     model = load(settings, codec.embedding)
     engine = Engine(settings, model.task, model.device)

@@ -26,7 +26,7 @@ from benchmarks.devices import CountedTask, PacedDevice, WatchedDevice
 from benchmarks.machine import thread_cpu_seconds
 from inferstream import app
 from inferstream.models.loading import Loaded, load
-from inferstream.settings import Settings, cores, device_of, load_settings, resolve
+from inferstream.settings import Settings, cores, device_kind, load_settings, resolve
 from inferstream.telemetry.logs import configure
 from inferstream.workers import FINISH, PREPARE, Workers
 
@@ -154,7 +154,7 @@ def _say(answer: dict[str, Any]) -> None:
 
 async def serve(options: dict[str, Any]) -> None:
     loaded = load_settings(environ={}, flags=options["settings"])
-    settings = resolve(loaded.settings, device_of(loaded.settings), cores())
+    settings = resolve(loaded.settings, device_kind(loaded.settings), cores())
     configure(settings.telemetry.log_format, settings.telemetry.log_level)
     look = Look(options)
     stop = asyncio.Event()

@@ -97,9 +97,7 @@ def test_launch_when_there_are_several_lanes_computes_side_by_side(
     assert {wait(device).slot for _ in range(3)} == {0, 1, 2}
 
 
-def test_compute_threads_when_started_enter_the_runner_once_each(
-    device: CpuDevice, runner: Doubling
-) -> None:
+def test_compute_threads_when_started_enter_the_runner_once_each(device: CpuDevice, runner: Doubling) -> None:
     for slot in range(3):
         device.launch(slot, [1])
     for _ in range(3):

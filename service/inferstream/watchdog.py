@@ -53,7 +53,9 @@ class Watchdog:
                 for name, task in self._background_tasks():
                     if task.done():
                         error = None if task.cancelled() else task.exception()
-                        raise NoProgress(f"the Kafka client's {name} task has died ({error!r}); restarting is the cure")
+                        raise NoProgress(
+                            f"the Kafka client's {name} task has died ({error!r}); restarting is the cure"
+                        )
                 self._device_moves()
                 await self._records_move()
                 await asyncio.sleep(CHECK_S)
@@ -102,7 +104,9 @@ class Watchdog:
         except (TimeoutError, KafkaError):
             self._waiting_since = None
             return
-        waiting = [lane for lane in eligible if ends[TopicPartition(lane.topic, lane.partition)] > lane.position]
+        waiting = [
+            lane for lane in eligible if ends[TopicPartition(lane.topic, lane.partition)] > lane.position
+        ]
         if not waiting:
             self._waiting_since = None
         elif self._waiting_since is None:
@@ -119,6 +123,9 @@ class Watchdog:
             blocked_s = time.monotonic() - self._beat
             if blocked_s > LOOP_BLOCKED_S:
                 # Nothing on the loop can run, so nothing can be drained: say why and go.
-                print(f"inferstream: error: the event loop has been blocked for {blocked_s:.0f} s", file=sys.stderr)
+                print(
+                    f"inferstream: error: the event loop has been blocked for {blocked_s:.0f} s",
+                    file=sys.stderr,
+                )
                 sys.stderr.flush()
                 os._exit(NoProgress.exit_code)

@@ -85,9 +85,7 @@ class Committer:
         except TimeoutError:
             raise CommitFailed(f"not confirmed within {timeout_s:.1f} s ({last!r})") from None
 
-    async def _attempt(
-        self, epoch: Epoch, offsets: Mapping[TopicPartition, tuple[int, str]]
-    ) -> None:
+    async def _attempt(self, epoch: Epoch, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None:
         coordinator = self._consumer._coordinator
         await coordinator.ensure_coordinator_known()
         identity = epoch.identity

@@ -52,7 +52,9 @@ log = logging.getLogger(__name__)
 METADATA_MAX_AGE_MS = 60_000  # how late new partitions and moved leaders are seen without an error telling us
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 3.0
-FIRST_ATTEMPT_S = 10.0  # a host that swallows packets must not use up the time of the others; doubled each time
+FIRST_ATTEMPT_S = (
+    10.0  # a host that swallows packets must not use up the time of the others; doubled each time
+)
 TOPIC_RESOURCE = 2
 
 # Waiting does not help: the broker has answered, and the answer is no.
@@ -189,7 +191,9 @@ async def facts_from(client: AIOKafkaClient, topics: Sequence[str]) -> dict[str,
         if problem is UnknownTopicOrPartitionError:
             continue
         if problem is TopicAuthorizationFailedError:
-            raise KafkaRefused(f"topic {name}: the brokers refuse to describe it (ACL: Describe on the topic)")
+            raise KafkaRefused(
+                f"topic {name}: the brokers refuse to describe it (ACL: Describe on the topic)"
+            )
         if problem is InvalidTopicError:
             raise KafkaRefused(f"topic {name}: the brokers refuse the name")
         if topic["error_code"] != 0:
@@ -252,7 +256,8 @@ def _overheard() -> Iterator[list[tuple[str, BaseException]]]:
 
 def _tried(kafka: Kafka, hosts: dict[str, str]) -> str:
     return ", ".join(
-        f"{host} ({hosts[host]})" if host in hosts else host for host in dict.fromkeys([*kafka.bootstrap_servers, *hosts])
+        f"{host} ({hosts[host]})" if host in hosts else host
+        for host in dict.fromkeys([*kafka.bootstrap_servers, *hosts])
     )
 
 

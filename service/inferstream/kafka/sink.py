@@ -123,7 +123,9 @@ class _Sender:
             handed_over = True
             await future
         except KafkaError as error:
-            if handed_over:  # its sequence numbers are used up: the next batch of this partition would be refused
+            if (
+                handed_over
+            ):  # its sequence numbers are used up: the next batch of this partition would be refused
                 self._sink.replace(producer)
             self._failed(error, count)
         else:
@@ -141,7 +143,8 @@ class _Sender:
         where = f"{self._topic.name}:{self._partition}"
         if not isinstance(error, _REFUSES_THE_RECORD):
             log.warning(
-                "publishing failed; sending again", extra={"to": where, "error": repr(error), "records": count}
+                "publishing failed; sending again",
+                extra={"to": where, "error": repr(error), "records": count},
             )
             self._sink.count_refusal(error, where)
             return

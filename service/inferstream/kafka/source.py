@@ -251,13 +251,16 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             return
         self._epochs += 1
         ordered = self._settings.delivery.order == "partition"
-        lanes = {tp: Lane(tp.topic, tp.partition, self._epochs, 0, ordered=ordered) for tp in sorted(assigned)}
+        lanes = {
+            tp: Lane(tp.topic, tp.partition, self._epochs, 0, ordered=ordered) for tp in sorted(assigned)
+        }
         epoch = Epoch(self._epochs, identity, lanes)
         self._epoch = epoch
         epoch.opener = asyncio.create_task(self._open(epoch), name="open-epoch")
         epoch.opener.add_done_callback(self._opened)
         log.info(
-            "assigned", extra={"generation": identity.generation, "partitions": [f"{t}:{p}" for t, p in lanes]}
+            "assigned",
+            extra={"generation": identity.generation, "partitions": [f"{t}:{p}" for t, p in lanes]},
         )
 
     def _opened(self, opener: asyncio.Task[None]) -> None:

@@ -106,6 +106,16 @@ class TextTokenizer:
                 rows[n] = self._backend.encode_batch_fast([head], add_special_tokens=special)[0].ids
         return rows
 
+    def encode_pair(self, text: str, pair: str, limit: int) -> tuple[Ids, Ids]:
+        """Token ids of both texts without special tokens, as far as a truncation to ``limit`` needs them."""
+        first, second = self.encode((text, pair), limit, special=False)
+        room = limit - self.pair.added
+        if room % 2 and min(len(first), len(second)) > room:
+            # Both are cut to half, and the longer gets the odd token: only the whole tells which that is.
+            whole = self._backend.encode_batch_fast((text, pair), add_special_tokens=False)
+            first, second = (encoding.ids for encoding in whole)
+        return first, second
+
     def item(self, ids: Ids) -> Any:
         """The model input of one text, from ids that hold their special tokens."""
         row = np.array(ids, dtype=np.int32)

@@ -332,7 +332,7 @@ class Model(Section):
     """The most tokens of one model input, special tokens included.
 
     Longer documents go by ``model.long_documents``.  Lower is faster and reads less of each document; above
-    the model's own limit the worker does not start."""
+    what the model can read the worker does not start (exit 2)."""
 
     long_documents: Literal["truncate", "chunk", "reject"] = "truncate"
     """What to do with a document of more than ``model.max_length`` tokens: ``truncate`` keeps its beginning

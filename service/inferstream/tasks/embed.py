@@ -94,7 +94,7 @@ class EmbedTask:
 
     def _pair(self, document: Document) -> Prepared | Rejected:
         texts = (self._prompt + document.text, document.text_pair or "")
-        text, pair = self._tokenizer.encode(texts, self._max_length, special=False)
+        text, pair = self._tokenizer.encode_pair(*texts, self._max_length)
         length = len(text) + len(pair) + self._tokenizer.pair.added
         if not length:
             return Rejected(Reason.INVALID_TEXT, "the texts hold no token of this model")

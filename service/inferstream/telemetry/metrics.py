@@ -136,6 +136,7 @@ class Metrics:
         self.catalogue: list[Entry] = []
         self._callbacks: list[Callable[[], None]] = []
         self._scraping = threading.Lock()
+        self._lagging: set[tuple[str, int]] = set()  # the partitions whose lag is shown
         self._busy_s = 0.0
         self._busy_read_at = time.monotonic()
 
@@ -290,21 +291,19 @@ class Metrics:
 
     def lags(self, lags: Mapping[tuple[str, int], tuple[int, int]]) -> None:
         """Set lag and committed lag of every owned (topic, partition); the others' are removed."""
-        owned = {(topic, str(partition)) for topic, partition in lags}
-        for gauge in (self.lag_records, self.committed_lag_records):
-            for family in gauge.collect():
-                for sample in family.samples:
-                    labels = sample.labels["topic"], sample.labels["partition"]
-                    if labels not in owned:
-                        _remove(gauge, *labels)
+        for topic, partition in self._lagging - lags.keys():
+            self.forget_partition(topic, partition)
         for (topic, partition), (lag, committed_lag) in lags.items():
+            self._lagging.add((topic, partition))
             self.lag_records.labels(topic, str(partition)).set(lag)
             self.committed_lag_records.labels(topic, str(partition)).set(committed_lag)
 
     def forget_partition(self, topic: str, partition: int) -> None:
         """The partition was revoked: a lag that stays behind would be somebody else's."""
-        for gauge in (self.lag_records, self.committed_lag_records):
-            _remove(gauge, topic, str(partition))
+        if (topic, partition) in self._lagging:
+            self._lagging.remove((topic, partition))
+            self.lag_records.remove(topic, str(partition))
+            self.committed_lag_records.remove(topic, str(partition))
 
     # ---- scraping
 
@@ -360,10 +359,3 @@ class Metrics:
 def catalogue() -> list[Entry]:
     """Name, type, labels and help of every metric, in the order of the flow."""
     return Metrics().catalogue
-
-
-def _remove(gauge: Gauge, *labels: str) -> None:
-    try:
-        gauge.remove(*labels)
-    except KeyError:
-        return  # it never had a value

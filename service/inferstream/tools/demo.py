@@ -1,8 +1,8 @@
 """The demo: real documents through a real model over the Kafka protocol, with a worker killed in the middle.
 
-The broker (in memory, over TCP) and the clients are in this process; the worker is ``inferstream run`` in a child
-process.  Nothing is shared with it but the broker's address, so what is counted here is what any other program
-would find on the topics.
+The broker (in memory, over TCP) and the clients are in this process; the worker is ``inferstream run`` in a
+child process.  Nothing is shared with it but the broker's address, so what is counted here is what any other
+program would find on the topics.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ POISONED = (
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """``documents``: so many docstrings instead of as many as the time allows; ``questions``: the user's own."""
+    """``documents``: so many docstrings, not as many as the time allows; ``questions``: the user's own."""
 
     documents: int | None = None
     kill: bool = True
@@ -113,7 +113,7 @@ class _Demo:
         self._worker_state = ""
         self._port = 0
         self._reading = Reading()
-        self._seconds: Counter[str] = Counter()  # what the stages of a worker that is gone had worked
+        self._seconds: dict[str, float] = {}  # how long the workers' stages worked
         self._recent: deque[tuple[float, int]] = deque()  # when how many were answered, for the rate
 
     async def run(self) -> Outcome:
@@ -133,7 +133,9 @@ class _Demo:
         options, ledger = self._options, self._ledger
         first = corpus[: options.documents or FEWEST]
         await topics.send(_with_others(first, self._questions))
-        self._view.event(f"{len(ledger.sent):,} documents are on the topic {INPUT!r}, in {PARTITIONS} partitions")
+        self._view.event(
+            f"{len(ledger.sent):,} documents are on the topic {INPUT!r}, in {PARTITIONS} partitions"
+        )
 
         await self._until(lambda: ledger.newest is not None)
         first_at = time.monotonic()
@@ -150,7 +152,9 @@ class _Demo:
             killed_at = time.monotonic()
             killed = await self._kill_and_replace(topics)
             pause_s = time.monotonic() - killed_at
-            self._view.event(f"worker {killed.successor} goes on from the committed offsets, after {pause_s:.1f} s")
+            self._view.event(
+                f"worker {killed.successor} goes on from the committed offsets, after {pause_s:.1f} s"
+            )
 
         await self._until(lambda: ledger.answered >= len(ledger.sent))
         answered_at = time.monotonic()
@@ -185,15 +189,19 @@ class _Demo:
         ledger = self._ledger
         burst, start_s = ledger.answered, first_at - self._started
         await self._until(
-            lambda: ledger.answered > burst
-            and (time.monotonic() - first_at >= MEASURE_S or 2 * ledger.answered >= len(ledger.sent))
+            lambda: (
+                ledger.answered > burst
+                and (time.monotonic() - first_at >= MEASURE_S or 2 * ledger.answered >= len(ledger.sent))
+            )
         )
         rate = (ledger.answered - burst) / max(0.1, time.monotonic() - first_at)
         total = planned_documents(rate, ledger.answered, self._elapsed_s, start_s, kill=self._options.kill)
         more = corpus[FEWEST:total]
         if more:
             await topics.send([document(each.name, each.text) for each in more])
-            self._view.event(f"{rate:.0f} documents/s: {len(more):,} more fit the time, {len(ledger.sent):,} in all")
+            self._view.event(
+                f"{rate:.0f} documents/s: {len(more):,} more fit the time, {len(ledger.sent):,} in all"
+            )
 
     def _find(self, corpus: Sequence[Docstring]) -> list[Found]:
         vectors, summaries = self._ledger.vectors, {each.name: _summary(each.text) for each in corpus}
@@ -227,7 +235,9 @@ class _Demo:
         await self._note_seconds()
         self.kill_worker()
         new = self._start_worker(f"killed pid {old} with -9; the new worker is loading the model")
-        self._view.event(f"killed worker {old} with -9 after {answered:,} answers; worker {new.pid} is loading the model")
+        self._view.event(
+            f"killed worker {old} with -9 after {answered:,} answers; worker {new.pid} is loading the model"
+        )
         await topics.caught_up()  # with what the dead worker had written: the next answer is the new one's
         read = ledger.read
         await self._until(lambda: ledger.read > read or ledger.answered >= len(ledger.sent))
@@ -252,10 +262,10 @@ class _Demo:
             self._worker.kill()
 
     async def _note_seconds(self) -> None:
+        """Add up what the stages of the worker, which is about to end, have worked."""
         reading = await scrape(self._port) or self._reading
-        self._seconds.update(reading.seconds)
-        if reading.busy_s:
-            self._seconds["device"] += reading.busy_s
+        for stage, seconds in {**reading.seconds, "device": reading.busy_s}.items():
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
 
     # ---- waiting and showing
 
@@ -270,7 +280,9 @@ class _Demo:
             if self._ledger.read != read:
                 read, moved_at = self._ledger.read, time.monotonic()
             elif time.monotonic() - moved_at > STALL_S:
-                raise InferstreamError(f"no answer for {STALL_S:.0f} s; the worker's log ends: {_log_end(worker)}")
+                raise InferstreamError(
+                    f"no answer for {STALL_S:.0f} s; the worker's log ends: {_log_end(worker)}"
+                )
             self._update()
             await asyncio.sleep(TICK_S)
 
@@ -347,21 +359,32 @@ async def _collect() -> list[Docstring]:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[list[Docstring]] = loop.create_future()
 
-    def deliver(corpus: list[Docstring]) -> None:
-        if not future.done():
+    def deliver(corpus: list[Docstring], error: Exception | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
             future.set_result(corpus)
 
     def work() -> None:
-        corpus = collect(future.cancelled)
-        if not future.cancelled():
-            loop.call_soon_threadsafe(deliver, corpus)
+        corpus: list[Docstring] = []
+        failure: Exception | None = None
+        try:
+            corpus = collect(future.cancelled)
+        except Exception as error:
+            failure = error
+        if not future.cancelled():  # then the loop may be closed by now
+            loop.call_soon_threadsafe(deliver, corpus, failure)
 
     threading.Thread(target=work, name="corpus", daemon=True).start()
     return await future
 
 
 def _ended(worker: Worker) -> InferstreamError:
-    return InferstreamError(f"worker {worker.pid} ended with exit code {worker.exit_code}: {_log_end(worker)}")
+    return InferstreamError(
+        f"worker {worker.pid} ended with exit code {worker.exit_code}: {_log_end(worker)}"
+    )
 
 
 def _log_end(worker: Worker) -> str:

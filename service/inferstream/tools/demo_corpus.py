@@ -1,7 +1,7 @@
 """The demo's documents: docstrings of the standard library and of packages that inferstream needs anyway.
 
-They are read from source files with :mod:`ast`; no module is imported and nothing is executed.  What comes out
-is the same on every run of one installation, and nothing is kept between runs.
+They are read from source files with :mod:`ast`; no module is imported and nothing is executed.  What comes
+out is the same on every run of one installation, and nothing is kept between runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from pathlib import Path
 MIN_CHARACTERS = 80  # below it a docstring says little more than the name does
 PACKAGES = ("aiokafka", "numpy", "prometheus_client", "pydantic", "rich", "typer", "yaml")
 _SKIPPED = frozenset(
-    ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "testing")
+    (
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "encodings",
+        "testing",
+    )
 )
 _NAMED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -34,9 +44,9 @@ class Docstring:
 def collect(cancelled: Callable[[], bool] = lambda: False) -> list[Docstring]:
     """All public docstrings that are long enough, each text once.  Takes about 3 s of CPU time.
 
-    General things come before special ones (fewer dots in the name first), in no particular order otherwise, so
-    that any number of documents from the front is a fair choice.  Returns early, with what it has, once
-    ``cancelled`` says so.
+    General things come before special ones (fewer dots in the name first), in no particular order
+    otherwise, so that any number of documents from the front is a fair choice.  Returns early, with what it
+    has, once ``cancelled`` says so.
     """
     found: list[Docstring] = []
     for prefix, folder in _folders():

@@ -72,7 +72,5 @@ class Ledger:
     def missing(self) -> list[str]:
         """The names of the inputs without any answer, in the order in which they were sent."""
         return [
-            name
-            for place, name in self.sent.items()
-            if place not in self._results and place not in self.dead
+            name for place, name in self.sent.items() if place not in self._results and place not in self.dead
         ]

@@ -16,7 +16,7 @@ SMALL_SHARE = 0.005  # a stage that took less of the work is not worth a line
 
 @dataclass(frozen=True, slots=True)
 class Killed:
-    """The worker that was killed with -9 while ``answered`` documents had their answers, and the one after it."""
+    """The worker that was killed with -9 when ``answered`` documents had answers, and the one after it."""
 
     pid: int
     answered: int
@@ -72,7 +72,8 @@ def report(outcome: Outcome) -> str:
             "",
             "try next",
             "  inferstream demo --ask 'how do I measure how long a function takes?'",
-            "  inferstream run --kafka.bootstrap-servers HOST:9092 --input.topics documents --output.topic embeddings",
+            "  inferstream run --kafka.bootstrap-servers HOST:9092 --input.topics documents "
+            "--output.topic embeddings",
         ]
     )
 
@@ -126,5 +127,7 @@ def _answers(found: Sequence[Found]) -> Iterator[str]:
         names = max((len(neighbour.name) for neighbour in each.neighbours), default=0)
         for neighbour in each.neighbours:
             head = f"    {neighbour.cosine:.2f}  {neighbour.name:<{names}}  "
-            summary = textwrap.shorten(each.summaries.get(neighbour.name, ""), max(20, WIDTH - len(head)), placeholder=" …")
+            summary = textwrap.shorten(
+                each.summaries.get(neighbour.name, ""), max(20, WIDTH - len(head)), placeholder=" …"
+            )
             yield (head + summary).rstrip()

@@ -27,8 +27,8 @@ SHOWN_NUMBERS = 4
 class Snapshot:
     """The state of the demo at one moment.
 
-    ``planned`` is how many documents there will be, None before that is known; ``lag`` how many were sent and have
-    no answer yet; ``worker`` says in words what the worker does.
+    ``planned`` is how many documents there will be, None before that is known; ``lag`` how many were sent and
+    have no answer yet; ``worker`` says in words what the worker does.
     """
 
     elapsed_s: float
@@ -140,7 +140,9 @@ def table(snapshot: Snapshot) -> Group:
     grid.add_column()
     total = snapshot.planned or snapshot.sent
     of = f"{snapshot.answered:,} of {total:,}" + ("" if snapshot.planned is not None else " or more")
-    grid.add_row("documents", _beside(ProgressBar(total=max(1, total), completed=snapshot.answered, width=40), of))
+    grid.add_row(
+        "documents", _beside(ProgressBar(total=max(1, total), completed=snapshot.answered, width=40), of)
+    )
     grid.add_row("rate", f"{snapshot.rate:.0f} documents/s")
     grid.add_row("lag", f"{snapshot.lag:,} sent and not answered")
     reading = snapshot.reading
@@ -161,7 +163,9 @@ def described(name: str, vector: np.ndarray) -> str:
 
 
 def _bar(fill: float) -> ProgressBar:
-    return ProgressBar(total=1.0, completed=min(1.0, max(0.0, fill)), width=BAR_CELLS * 2, complete_style="green")
+    return ProgressBar(
+        total=1.0, completed=min(1.0, max(0.0, fill)), width=BAR_CELLS * 2, complete_style="green"
+    )
 
 
 def _beside(left: ProgressBar, right: str) -> Table:

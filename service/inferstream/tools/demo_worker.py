@@ -13,8 +13,8 @@ from pathlib import Path
 
 import inferstream
 
-# Asks for that death signal, then becomes the command.  A small Python of its own and no preexec_fn, which would
-# run between fork and exec in a process with threads.  PR_SET_PDEATHSIG is 1.
+# Asks for that death signal, then becomes the command.  A small Python of its own and no preexec_fn, which
+# would run between fork and exec in a process with threads.  PR_SET_PDEATHSIG is 1.
 _LAUNCHER = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -57,7 +57,7 @@ class Worker:
         return self._process.poll()
 
     def kill(self) -> None:
-        """SIGKILL to the process group, which leaves the worker no time for anything; returns when it is gone."""
+        """SIGKILL to the process group: no time is left for anything; returns when the worker is gone."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -1,0 +1,280 @@
+"""The pipeline without Kafka: a sink that the test acknowledges by hand, and devices that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+
+from inferstream.codec import Codec
+from inferstream.device.cpu import CpuDevice
+from inferstream.documents import Kind, Outgoing
+from inferstream.errors import DeviceFailed, OutOfMemory
+from inferstream.lanes import Lane, Slot
+from inferstream.pipeline import Pipeline
+from inferstream.settings import load_settings, resolve
+from inferstream.tasks.hash import HashRunner, HashTask, digest
+from inferstream.telemetry.metrics import Metrics
+
+DEADLINE_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fake:
+    """A record as the pipeline reads it."""
+
+    offset: int
+    value: bytes | None
+    topic: str = "in"
+    partition: int = 0
+    timestamp: int = 1_700_000_000_000
+    key: bytes | None = None
+    headers: tuple[tuple[str, bytes | None], ...] = ()
+
+
+@dataclass
+class HandSink:
+    """Collects what is released; acknowledges at once, or when the test says so."""
+
+    pipeline: Pipeline
+    automatic: bool = True
+    sent: list[tuple[Slot, Outgoing]] = field(default_factory=list)
+    waiting: list[tuple[Slot, Outgoing]] = field(default_factory=list)
+    queued: int = 0
+
+    def send(self, slot: Slot, outgoing: Outgoing) -> None:
+        self.sent.append((slot, outgoing))
+        self.waiting.append((slot, outgoing))
+        if self.automatic:
+            asyncio.get_running_loop().call_soon(self.acknowledge)
+
+    def acknowledge(self) -> None:
+        entries, self.waiting = self.waiting, []
+        self.pipeline.acknowledged(entries)
+
+    def forget_dropped(self) -> None:
+        return
+
+
+class Runner(HashRunner):
+    """Hashes, and misbehaves as told."""
+
+    def __init__(self, misbehave: Callable[[Sequence[bytes]], None]) -> None:
+        self._misbehave = misbehave
+        self.batches: list[int] = []
+
+    def run(self, items: Sequence[Any]) -> np.ndarray:
+        self.batches.append(len(items))
+        self._misbehave(items)
+        return super().run(items)
+
+
+Build = Callable[..., tuple[Pipeline, HandSink, Runner]]
+
+
+@pytest.fixture
+async def build() -> AsyncIterator[Build]:
+    pipelines: list[Pipeline] = []
+    failures: list[BaseException] = []
+
+    def make(
+        misbehave: Callable[[Sequence[bytes]], None] = lambda items: None, threads: int = 2, **tree: Any
+    ) -> tuple[Pipeline, HandSink, Runner]:
+        flags = {
+            "kafka.bootstrap_servers": ["h:1"],
+            "input.topics": ["in"],
+            "output.topic": "out",
+            "model.id": "builtin:hash",
+            "batch.linger_ms": 1,
+            **tree,
+        }
+        settings = resolve(load_settings((), {}, flags).settings, "hash", 2)
+        codec = Codec.from_settings(settings)
+        runner = Runner(misbehave)
+        task = HashTask(8192, "truncate", 16, codec.embedding)
+        pipeline = Pipeline(settings, codec, task, CpuDevice(runner, threads), Metrics(), failures.append)
+        sink = HandSink(pipeline)
+        pipeline.sink = sink  # type: ignore[assignment]  # only what the pipeline calls
+        pipelines.append(pipeline)
+        return pipeline, sink, runner
+
+    make.failures = failures  # type: ignore[attr-defined]
+    yield make
+    for pipeline in pipelines:
+        await asyncio.to_thread(pipeline.close, 5.0)
+
+
+def record(offset: int, text: str | None = None) -> Fake:
+    return Fake(offset, orjson.dumps({"id": offset, "text": text or f"document {offset}"}))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def open_lane(pipeline: Pipeline, partition: int = 0) -> Lane:
+    lane = Lane("in", partition, 1, 0)
+    pipeline.open_lane(lane)
+    return lane
+
+
+async def test_batch_when_one_document_raises_then_only_that_one_is_a_dead_letter(build: Build) -> None:
+    poison = digest("poison")
+
+    def raise_on_poison(items: Sequence[bytes]) -> None:
+        if poison in items:
+            raise RuntimeError("CUDNN_STATUS_BAD_PARAM on secret text")
+
+    pipeline, sink, _ = build(raise_on_poison)
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n, "poison" if n == 37 else None) for n in range(100)])
+    await until(lambda: not len(lane))
+    assert [slot.offset for slot, _ in sink.sent] == list(range(100))
+    dead = [(slot.offset, out) for slot, out in sink.sent if out.kind is Kind.DEAD_LETTER]
+    assert [offset for offset, _ in dead] == [37]
+    headers = dict(dead[0][1].headers)
+    assert headers["inferstream.error.reason"] == b"model_error"
+    assert b"secret" not in (headers["inferstream.error.message"] or b"")
+    assert lane.watermark == 100
+
+
+async def test_batch_when_memory_is_short_then_it_is_halved_and_the_budget_lowered(build: Build) -> None:
+    def short_of_memory(items: Sequence[bytes]) -> None:
+        if len(items) > 8:
+            raise OutOfMemory("8 fit")
+
+    pipeline, sink, runner = build(short_of_memory)
+    before = pipeline.window.max_tokens
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n) for n in range(200)])
+    await until(lambda: not len(lane))
+    assert all(out.kind is Kind.RESULT for _, out in sink.sent)
+    assert pipeline.window.max_tokens < before
+    assert max(runner.batches) > 8
+
+
+async def test_document_when_it_alone_is_out_of_memory_then_it_is_a_dead_letter(build: Build) -> None:
+    heavy = digest("heavy")
+
+    def no_room(items: Sequence[bytes]) -> None:
+        if heavy in items:
+            raise OutOfMemory("never")
+
+    pipeline, sink, _ = build(no_room)
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n, "heavy" if n == 3 else None) for n in range(10)])
+    await until(lambda: not len(lane))
+    reasons = [dict(out.headers)["inferstream.error.reason"] for _, out in sink.sent if out.rejected]
+    assert reasons == [b"out_of_memory"]
+
+
+async def test_device_when_it_fails_for_good_then_the_process_is_told_and_nothing_is_acknowledged(
+    build: Build,
+) -> None:
+    def poisoned(items: Sequence[bytes]) -> None:
+        raise DeviceFailed("device-side assert")
+
+    pipeline, sink, _ = build(poisoned)
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n) for n in range(10)])
+    await until(lambda: bool(build.failures))  # type: ignore[attr-defined]
+    assert isinstance(build.failures[0], DeviceFailed)  # type: ignore[attr-defined]
+    assert sink.sent == [] and lane.watermark == 0
+
+
+async def test_results_when_batches_end_in_any_order_then_lanes_are_released_in_order(build: Build) -> None:
+    chance = random.Random(3)
+
+    def dawdle(items: Sequence[bytes]) -> None:
+        import time
+
+        time.sleep(chance.random() * 0.004)
+
+    pipeline, sink, _ = build(dawdle, threads=3, **{"batch.max_tokens": 64})
+    lanes = [open_lane(pipeline, partition) for partition in range(3)]
+    for lane in lanes:
+        pipeline.admit(lane, [record(n, "word " * chance.randrange(1, 60)) for n in range(200)])
+    await until(lambda: not any(len(lane) for lane in lanes))
+    for lane in lanes:
+        assert [slot.offset for slot, _ in sink.sent if slot.lane is lane] == list(range(200))
+    assert pipeline.credit.documents == pipeline.credit.bytes == pipeline.credit.tokens == 0
+
+
+async def test_release_when_nothing_is_committed_then_it_stops_at_the_bound(build: Build) -> None:
+    pipeline, sink, _ = build(**{"delivery.max_uncommitted_documents": 50})
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n) for n in range(300)])
+    await until(lambda: len(sink.sent) == 50 and lane.settled == 50 and pipeline.blocked_documents == 0)
+    await until(lambda: pipeline.stage.idle and not len(pipeline.window))
+    assert len(sink.sent) == 50 and pipeline.commit_due.is_set()
+    while len(sink.sent) < 300:
+        pipeline.committed(lane, lane.settled)
+        await asyncio.sleep(0.001)
+    await until(lambda: not len(lane))
+
+
+async def test_closing_when_everything_fits_then_all_is_acknowledged(build: Build) -> None:
+    pipeline, sink, _ = build()
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n) for n in range(500)])
+    assert await pipeline.close_lanes([lane], 10.0)
+    pipeline.drop_lanes([lane])
+    assert len(sink.sent) == 500 and lane.watermark == 500
+
+
+async def test_closing_when_time_is_short_then_a_prefix_is_finished_and_the_rest_dropped(
+    build: Build,
+) -> None:
+    def slow(items: Sequence[bytes]) -> None:
+        import time
+
+        time.sleep(0.01 * len(items))
+
+    pipeline, sink, _ = build(slow, threads=1, **{"batch.max_tokens": 16})
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n) for n in range(400)])
+    await until(lambda: len(sink.sent) >= 10)
+    assert await pipeline.close_lanes([lane], 1.0)
+    pipeline.drop_lanes([lane])
+    done = len(sink.sent)
+    assert 10 <= done < 400
+    assert [slot.offset for slot, _ in sink.sent] == list(range(done))
+    assert lane.watermark == done
+    assert pipeline.credit.documents == 0 and not len(pipeline.window)
+
+
+async def test_closing_when_the_broker_is_silent_then_it_ends_at_the_deadline_and_keeps_the_watermark(
+    build: Build,
+) -> None:
+    pipeline, sink, _ = build()
+    sink.automatic = False
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n) for n in range(20)])
+    await until(lambda: len(sink.sent) == 20)
+    assert not await pipeline.close_lanes([lane], 0.3)
+    pipeline.drop_lanes([lane])
+    assert lane.watermark == 0
+    sink.acknowledge()  # too late: it changes nothing any more
+    assert lane.watermark == 0 and pipeline.credit.documents == 0
+
+
+async def test_chunked_document_when_its_chunks_go_in_several_batches_then_it_has_one_result(
+    build: Build,
+) -> None:
+    pipeline, sink, runner = build(**{"batch.max_tokens": 8192})
+    pipeline._task = HashTask(64, "chunk", 1000, pipeline._codec.embedding)
+    pipeline.window.max_tokens = 64
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(0, "long " * 400), record(1)])
+    await until(lambda: not len(lane))
+    assert len(sink.sent) == 2 and len(runner.batches) > 2
+    usage = orjson.loads(sink.sent[0][1].value or b"")["usage"]
+    assert usage["chunks"] > 4 and usage["truncated"] is False
