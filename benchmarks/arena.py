@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from benchmarks.machine import cpu_seconds
 from tests.support.broker import Broker, BrokerUnavailable, NativeKafka, create_broker
 from tests.support.client import unique
 from tests.support.processes import kill_group, spawn
-from tests.support.worker import Worker, settings
+from tests.support.worker import Worker, merged, write_config
 
 PARTITIONS = 8
 ROUND_S = 600.0  # a contestant that has not answered everything by then has failed
@@ -34,6 +34,7 @@ READY_S = 180.0
 SETTLE_S = 1.0  # after the last one is ready, before the first round
 LOOK_S = 0.05  # how often the end of a round is looked for; its time is the broker's, not ours
 APPEND_TIME = {"message.timestamp.type": "LogAppendTime"}
+DEAD_LETTERS = {**APPEND_TIME, "max.message.bytes": str(2 * 2**20)}  # room for headers: the worker insists
 BATCH_BYTES = 256 * 1024
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,10 +91,27 @@ class Arena:
         process: subprocess.Popen[bytes] | None = getattr(self.broker, "_process", None)
         return cpu_seconds(process.pid) if process is not None else float("nan")
 
+    def config(self, topics: Topics, changes: Mapping[str, Any]) -> Path:
+        """The settings file of a worker between these topics: the defaults, with ``changes`` laid over them."""
+        tree = {
+            "kafka": {"bootstrap_servers": [self.bootstrap], "group_id": topics.group},
+            "input": {"topics": [topics.source]},
+            "output": {"topic": topics.target},
+            "telemetry": {"port": 0},
+        }
+        return write_config(self.folder / topics.group, merged(tree, changes))
+
+    def texts_file(self) -> Path:
+        """The documents, for the processes that take them from memory."""
+        path = self.folder / "texts.json"
+        path.write_text(json.dumps(self.corpus.texts))
+        return path
+
     async def topics(self, name: str) -> Topics:
         source, target = unique(f"{name}-in"), unique(f"{name}-out")
-        for topic in (source, target, f"{target}.dead-letters"):
+        for topic in (source, target):
             await self.broker.create_topic(topic, PARTITIONS, APPEND_TIME)
+        await self.broker.create_topic(f"{target}.dead-letters", PARTITIONS, DEAD_LETTERS)
         return Topics(source, target, unique(name))
 
     async def backlog(self, topic: str, texts: Sequence[str]) -> float:
@@ -140,7 +158,9 @@ class Arena:
                     break
                 contestant.check()
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"{contestant.name} did not answer {len(texts)} documents in {ROUND_S:.0f} s")
+                    raise TimeoutError(
+                        f"{contestant.name} did not answer {len(texts)} documents in {ROUND_S:.0f} s"
+                    )
                 await asyncio.sleep(LOOK_S)
             worker, broker = cpu_seconds(contestant.pid) - worker, self.broker_cpu_s() - broker
             last = await _last_append(consumer, ends)
@@ -206,10 +226,7 @@ class Ours(Contestant):
 
     def __init__(self, arena: Arena, name: str, topics: Topics, changes: Mapping[str, Any]) -> None:
         super().__init__(name, topics)
-        tree = settings(arena.bootstrap, topics.source, topics.target, topics.group, changes)
-        # The defaults of a session, not the short ones of the tests.
-        tree["kafka"] |= {"session_timeout_ms": 45_000, "heartbeat_interval_ms": 3_000}
-        self.worker = Worker(arena.folder / f"{topics.group}", tree)
+        self.worker = Worker(arena.folder / topics.group, arena.config(topics, changes))
         self.worker.start()
 
     @property
@@ -226,7 +243,9 @@ class Ours(Contestant):
         while len(await arena.broker.committed(self.topics.group, self.topics.source)) < PARTITIONS:
             self.check()
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.name} is not ready after {READY_S:.0f} s\n{self.worker.stderr_text()}")
+                raise TimeoutError(
+                    f"{self.name} is not ready after {READY_S:.0f} s\n{self.worker.stderr_text()}"
+                )
             await asyncio.sleep(0.2)
 
     def stop(self) -> None:
@@ -236,14 +255,15 @@ class Ours(Contestant):
 
 
 class Script(Contestant):
-    """``python -m benchmarks.NAME ARGUMENTS``; it prints a line of JSON when it is ready."""
+    """``python -m benchmarks.MODULE OPTIONS``; it prints a line of JSON when it is ready."""
 
-    def __init__(self, arena: Arena, name: str, topics: Topics, module: str, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, arena: Arena, name: str, topics: Topics, module: str, options: Mapping[str, Any]
+    ) -> None:
         super().__init__(name, topics)
-        self.child = Child(arena.folder / f"{topics.group}", module, {
-            "bootstrap": arena.bootstrap, "source": topics.source, "target": topics.target, "group": topics.group,
-            **arguments,
-        })
+        self.child = Child(
+            arena.folder / topics.group, module, {"bootstrap": arena.bootstrap, **asdict(topics), **options}
+        )
 
     @property
     def pid(self) -> int:

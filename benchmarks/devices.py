@@ -73,7 +73,9 @@ class PacedDevice:
             slot, count, start, end = staged
             time.sleep(max(0.0, end - time.perf_counter()))
             self.spans.append(Span(start, end, count))
-            self._flights.put(Flight(slot, np.broadcast_to(self._rows, (count, self._rows.shape[1])), None, end - start))
+            self._flights.put(
+                Flight(slot, np.broadcast_to(self._rows, (count, self._rows.shape[1])), None, end - start)
+            )
 
 
 def idle_ratio(spans: Sequence[Span], skipped: float) -> float:

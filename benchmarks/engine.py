@@ -27,7 +27,7 @@ CALIBRATION = 400
 
 
 async def serve(options: dict[str, Any]) -> None:
-    loaded = load_settings(environ={}, flags=options["settings"], require=False)
+    loaded = load_settings([Path(options["config"])], environ={}, require=False)
     settings = resolve(loaded.settings, device_kind(loaded.settings), cores())
     codec = Codec.from_settings(settings)
     model = load(settings, codec.embedding)
@@ -38,7 +38,14 @@ async def serve(options: dict[str, Any]) -> None:
     count = int(min(options["most"], max(options["least"], rate * options["seconds"])))
     told = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, told.set)
-    _say({"rate": rate, "documents": count, "compute_threads": model.device.lanes, "costs": asdict(model.costs)})
+    _say(
+        {
+            "rate": rate,
+            "documents": count,
+            "compute_threads": model.device.lanes,
+            "costs": asdict(model.costs),
+        }
+    )
     texts = corpus.take(count)
     while True:
         await told.wait()

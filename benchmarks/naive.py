@@ -23,7 +23,9 @@ def load(model_id: str, dtype: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(
-        str(locate(model_id, None).folder), model_kwargs={"dtype": getattr(torch, dtype)}, local_files_only=True
+        str(locate(model_id, None).folder),
+        model_kwargs={"dtype": getattr(torch, dtype)},
+        local_files_only=True,
     )
     model.encode(["warm up " * n for n in (1, 8, 64, 256)] * 8, show_progress_bar=False)
     return model
@@ -41,7 +43,9 @@ async def serve(options: dict[str, Any]) -> None:
         max_poll_interval_ms=3_600_000,
     )
     producer = AIOKafkaProducer(
-        bootstrap_servers=options["bootstrap"], enable_idempotence=True, compression_type=options["compression"]
+        bootstrap_servers=options["bootstrap"],
+        enable_idempotence=True,
+        compression_type=options["compression"],
     )
     await consumer.start()
     await producer.start()

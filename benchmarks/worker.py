@@ -2,7 +2,8 @@
 
 For what cannot be seen from outside: how long batches took, what each thread's CPU time was, whether the device
 idled, and (``paced``) with a device that stands in for a faster one.  Prints ``{"ready": true}`` when it
-polls, ``{"mark": ...}`` for SIGUSR1, and what it saw since the last mark when SIGTERM has drained it.
+polls; for SIGUSR1 ``{"mark": true}``, and what was before does not count; for SIGUSR2 what it has seen, and
+drains.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -66,7 +68,9 @@ class Look:
         watcher.add_done_callback(lambda task: task.exception())
 
     async def _tell_when_polling(self, worker: app.Worker) -> None:
-        while not worker.source.lanes or any(worker.source.committed_offset(lane) is None for lane in worker.source.lanes):
+        while not worker.source.lanes or any(
+            worker.source.committed_offset(lane) is None for lane in worker.source.lanes
+        ):
             await asyncio.sleep(0.1)
         _say({"ready": True})
 
@@ -117,7 +121,7 @@ class Look:
             self._thread_profiles.append(profile)
             profile.runcall(run, workers)
 
-        Workers._run = profiled  # type: ignore[method-assign]  # the one way into a thread that the class starts
+        Workers._run = profiled  # type: ignore[assignment, method-assign]  # the one way into its threads
 
 
 def _threads() -> dict[str, float]:
@@ -153,7 +157,7 @@ def _say(answer: dict[str, Any]) -> None:
 
 
 async def serve(options: dict[str, Any]) -> None:
-    loaded = load_settings(environ={}, flags=options["settings"])
+    loaded = load_settings([Path(options["config"])], environ={})
     settings = resolve(loaded.settings, device_kind(loaded.settings), cores())
     configure(settings.telemetry.log_format, settings.telemetry.log_level)
     look = Look(options)

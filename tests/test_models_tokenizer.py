@@ -123,6 +123,17 @@ def boundary(backend: Tokenizer) -> re.Pattern[str]:
     return found
 
 
+@pytest.fixture(scope="module")
+def tokenizer(backend: Tokenizer) -> TextTokenizer:
+    return TextTokenizer(backend)
+
+
+@pytest.fixture(scope="module")
+def limited(backend: Tokenizer) -> Tokenizer:
+    """A copy to set truncation on."""
+    return Tokenizer.from_str(backend.to_str())
+
+
 @settings(max_examples=100, deadline=None)
 @given(text=odd_texts)
 @example(text="word [MASK]  word <mask> \u0301x")
@@ -139,9 +150,8 @@ def test_head_when_cut_at_a_safe_boundary_has_the_first_tokens_of_the_whole(
 @settings(max_examples=80, deadline=None)
 @given(text=odd_texts, limit=st.integers(3, 12))
 def test_encode_when_the_text_is_long_gives_the_first_ids_of_the_whole(
-    backend: Tokenizer, text: str, limit: int
+    backend: Tokenizer, tokenizer: TextTokenizer, text: str, limit: int
 ) -> None:
-    tokenizer = TextTokenizer(backend)
     whole = backend.encode(text).ids
     [ids] = tokenizer.encode([text], limit)
     if len(whole) <= limit:
@@ -155,10 +165,8 @@ def test_encode_when_the_text_is_long_gives_the_first_ids_of_the_whole(
 @given(text=odd_texts, pair=odd_texts, limit=st.integers(5, 16))
 @example(text="[SEP]" + "x" * 101 + " \x00", pair="[SEP]", limit=5)
 def test_truncation_when_too_long_is_that_of_the_tokenizers_library(
-    backend: Tokenizer, text: str, pair: str, limit: int
+    tokenizer: TextTokenizer, limited: Tokenizer, text: str, pair: str, limit: int
 ) -> None:
-    tokenizer = TextTokenizer(backend)
-    limited = Tokenizer.from_str(backend.to_str())
     limited.enable_truncation(limit)
 
     [ids] = tokenizer.encode([text], limit)

@@ -23,6 +23,7 @@ from aiokafka import AIOKafkaProducer
 from inferstream.codec import Codec
 from inferstream.errors import DrainTimeout, InferstreamError
 from inferstream.kafka.connection import client_options, start_with_retry
+from inferstream.kafka.last_result import warn_of_another_model
 from inferstream.kafka.preflight import Cluster, inspect
 from inferstream.kafka.sink import BATCH_BYTES, OutputTopic, Sink
 from inferstream.kafka.source import Source
@@ -99,6 +100,7 @@ async def _run(
     health.warm = True
     log.info("the model is warm", extra={"model": loaded.info.id, "revision": loaded.info.revision})
 
+    await warn_of_another_model(settings, cluster.output_partitions, loaded.info)
     failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def failed(error: BaseException) -> None:
@@ -129,6 +131,7 @@ async def _run(
         done, _ = await asyncio.wait([*duties, told], return_when=asyncio.FIRST_COMPLETED)
         told.cancel()
         for duty in done - {told}:
+            health.dead_task = duty.get_name() if isinstance(duty, asyncio.Task) else "a worker thread"
             duty.result()  # raises what ends the process
         health.draining = True
         clean = await _drain(source, settings.delivery.drain_timeout_s)

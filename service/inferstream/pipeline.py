@@ -5,9 +5,10 @@
       |________ credit ______________________ acknowledged ____________________________________________|
 
 Every record that is polled takes credit and a slot in its lane.  Worker threads decode and tokenise it in
-chunks; prepared documents wait in the window until a staging slot of the device is free; the device's rows are
-finished in the worker threads; the completed head run of each lane goes to the sink, in order; the broker's
-acknowledgement frees the slot, gives the credit back and moves the lane's watermark, which the source commits.
+chunks; prepared documents wait in the window until a staging slot of the device is free; the device's rows
+are finished in the worker threads; the completed head run of each lane goes to the sink, in order; the broker's
+acknowledgement frees the slot, gives the credit back and moves the lane's watermark, which the source
+commits.
 
 All methods here run on the event loop and none of them parses, tokenises, serialises or computes: they move
 references.  Queues are bounded by credit: what holds no credit is in no queue.
@@ -264,7 +265,8 @@ class Pipeline:
         if isinstance(error, OutOfMemory):
             rejected = Rejected(
                 Reason.OUT_OF_MEMORY,
-                f"the document alone ({item.length} tokens) does not fit the device's memory; lower model.max_length",
+                f"the document alone ({item.length} tokens) does not fit the device's memory; "
+                "lower model.max_length",
                 Stage.DEVICE,
             )
         else:
@@ -329,7 +331,7 @@ class Pipeline:
         slot.tokens += tokens
 
     def _release(self, lanes: Iterable[Lane]) -> None:
-        """Send what is complete, as far as each lane's share of ``delivery.max_uncommitted_documents`` goes."""
+        """Send what is complete, up to each lane's share of ``delivery.max_uncommitted_documents``."""
         sink = self.sink
         assert sink is not None
         share = max(1, self._max_uncommitted // max(1, len(self._lanes)))
@@ -358,7 +360,7 @@ class Pipeline:
         self._moved.set()
 
     def refused(self, slot: Slot, outgoing: Outgoing, error: KafkaError) -> Outgoing:
-        """The broker will never take this record: a result becomes a dead letter, a dead letter is stripped or stops."""
+        """The broker will never take this record: a result is dead-lettered; a dead letter stripped, or the end."""
         record = slot.record
         where = f"{record.topic}:{record.partition}:{record.offset}"
         if outgoing.kind is not Kind.DEAD_LETTER:
@@ -372,8 +374,8 @@ class Pipeline:
         if self._strip_oversize and outgoing.value is not None:
             return self._codec.stripped(outgoing)
         raise DeadLetterRefused(
-            f"the dead letter of {where} was refused by its topic ({type(error).__name__}); raise max.message.bytes of "
-            "the dead-letter topic, or set dead_letter.oversize=strip to leave the value out"
+            f"the dead letter of {where} was refused by its topic ({type(error).__name__}); raise max.message.bytes "
+            "of the dead-letter topic, or set dead_letter.oversize=strip to leave the value out"
         )
 
     def committed(self, lane: Lane, settled: int) -> None:

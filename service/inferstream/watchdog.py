@@ -114,8 +114,8 @@ class Watchdog:
         elif now - self._waiting_since > NO_PROGRESS_S:
             lane = waiting[0]
             raise NoProgress(
-                f"{lane.topic}:{lane.partition} has records after offset {lane.position}, there is credit and the broker "
-                f"answers, but nothing has been read for {now - self._source.last_admitted:.0f} s"
+                f"{lane.topic}:{lane.partition} has records after offset {lane.position}, there is credit and the "
+                f"broker answers, but nothing has been read for {now - self._source.last_admitted:.0f} s"
             )
 
     def _watch_loop(self) -> None:

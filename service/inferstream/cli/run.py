@@ -21,6 +21,8 @@ def run(files: Sequence[Path], arguments: Sequence[str]) -> None:
     from inferstream.telemetry.logs import configure
 
     loaded = load_settings(files, os.environ, parse_flags(list(arguments)))
+    for warning in loaded.warnings:
+        print(f"inferstream: warning: {warning}", file=sys.stderr)
     settings = resolve(loaded.settings, device_kind(loaded.settings), cores())
     configure(settings.telemetry.log_format, settings.telemetry.log_level)
 

@@ -111,8 +111,8 @@ async def open_positions(
     if missing:
         raise NoStartOffset(
             f"input.start is 'error' and group {group_id!r} has no committed offset for "
-            f"{', '.join(f'{tp.topic}:{tp.partition}' for tp in missing)}: set input.start to earliest or latest, "
-            "or commit a start with kafka-consumer-groups --reset-offsets"
+            f"{', '.join(f'{tp.topic}:{tp.partition}' for tp in missing)}: set input.start to earliest or "
+            "latest, or commit a start with kafka-consumer-groups --reset-offsets"
         )
     beginning = [tp for tp, where in decided.items() if where == "beginning"]
     end = [tp for tp, where in decided.items() if where == "end"]

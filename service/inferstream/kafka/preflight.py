@@ -1,4 +1,4 @@
-"""What has to be true of the cluster before a worker joins its group: asked at start and by `config check`."""
+"""What has to be true of the cluster before a worker joins its group; asked at start and by `config check`."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def _dead_letters_fit(
 ) -> None:
     if dead.cleanup_policy is not None and "compact" in dead.cleanup_policy:
         raise KafkaRefused(
-            f"dead_letter.topic {settings.dead_letter.topic} is compacted (cleanup.policy={dead.cleanup_policy}): it would "
-            "lose dead letters with equal keys and refuse those without; set cleanup.policy=delete"
+            f"dead_letter.topic {settings.dead_letter.topic} is compacted (cleanup.policy={dead.cleanup_policy}): "
+            "it would lose dead letters with equal keys and refuse those without; set cleanup.policy=delete"
         )
     if settings.dead_letter.oversize == "strip":
         return
@@ -66,14 +66,14 @@ def _dead_letters_fit(
         limit = facts[name].max_message_bytes
         if limit is not None and dead_limit < limit + HEADER_ROOM:
             raise KafkaRefused(
-                f"dead_letter.topic {settings.dead_letter.topic} takes {dead_limit} bytes, which is less than input topic "
-                f"{name}'s {limit} + {HEADER_ROOM} for headers: set its max.message.bytes to {limit + HEADER_ROOM} or "
-                "more, or dead_letter.oversize=strip"
+                f"dead_letter.topic {settings.dead_letter.topic} takes {dead_limit} bytes, which is less than "
+                f"input topic {name}'s {limit} + {HEADER_ROOM} for headers: set its max.message.bytes to "
+                f"{limit + HEADER_ROOM} or more, or dead_letter.oversize=strip"
             )
 
 
 async def check(settings: Settings) -> list[str]:
-    """`config check --connect`: the findings, one line each; raises KafkaRefused on the first that is fatal."""
+    """`config check --connect`: the findings, a line each; raises KafkaRefused on the first that is fatal."""
     cluster = await inspect(settings, embedded=False)
     return [
         *(f"input.topics {name}: {count} partitions" for name, count in cluster.input_partitions.items()),

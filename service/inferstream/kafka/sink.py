@@ -40,7 +40,7 @@ REFUSED_FOR_S = 60.0
 ERROR_BACKOFF_S = 0.5
 STOP_TIMEOUT_S = 5.0
 
-# INVALID_RECORD (87, say a compacted topic and no key) is one of the codes that aiokafka 0.14 reports as UnknownError
+# INVALID_RECORD (87, say no key on a compacted topic) is a code that aiokafka 0.14 reports as UnknownError
 _REFUSES_THE_RECORD = (MessageSizeTooLargeError, RecordListTooLargeError, UnknownError)
 UNKNOWN_ERROR_STRIKES = 3  # UnknownError may also be a passing server error: refused only when it repeats
 
@@ -136,6 +136,7 @@ class _Sender:
         finally:
             self.sending = 0
             self._sink.came_back()
+        self.forget_dropped()  # what failed for an ended epoch is not sent again
         if not handed_over:
             await asyncio.sleep(ERROR_BACKOFF_S)
 

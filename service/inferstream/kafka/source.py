@@ -28,7 +28,7 @@ from aiokafka.errors import (
 )
 
 from inferstream.errors import InferstreamError, KafkaRefused
-from inferstream.kafka.commit import CommitFailed, Committer, CommitRefused, EpochEnded
+from inferstream.kafka.commit import CommitFailed, CommitRefused, Committer, EpochEnded
 from inferstream.kafka.connection import client_options
 from inferstream.kafka.epochs import Epoch, current_identity
 from inferstream.kafka.offsets import OffsetLost, Opening, open_positions
@@ -220,9 +220,9 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         named = ", ".join(f"{tp.topic}:{tp.partition}:{offset}" for tp, offset in offsets.items())
         if self._settings.input.on_lost_range == "stop":
             raise OffsetLost(
-                f"{named or 'an offset'} is no longer in the log: records were deleted before they were processed "
-                "(retention too short, or the topic was recreated); set input.on_lost_range=skip to go on at the "
-                "oldest record, or reset the group's offsets"
+                f"{named or 'an offset'} is no longer in the log: records were deleted before they were "
+                "processed (retention too short, or the topic was recreated); set input.on_lost_range=skip to go on at "
+                "the oldest record, or reset the group's offsets"
             )
         epoch = self._epoch
         if epoch is None:
@@ -339,7 +339,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             self._intake.drop_lanes(list(epoch.lanes.values()))
 
     async def drain(self, timeout_s: float) -> bool:
-        """Stop polling, finish and settle what fits ``timeout_s``; True when all that was kept is committed."""
+        """Stop polling, finish and settle what fits ``timeout_s``; True when all that was kept is settled."""
         self._stopping = True
         epoch, self._epoch = self._epoch, None
         return await self._close(epoch, timeout_s) if epoch is not None else True

@@ -51,8 +51,7 @@ class Setting:
     @property
     def line(self) -> str:
         """The first sentence of the manual, on one line."""
-        text = " ".join(self.doc.split("\n\n")[0].split())
-        return text.split(".  ")[0] if ".  " in text else _first_sentence(text)
+        return _first_sentence(" ".join(self.doc.split()))
 
     @property
     def default_text(self) -> str:

@@ -22,6 +22,10 @@ from inferstream.settings.keys import PREFIX, SETTINGS, Setting, close_keys
 
 CONFIG_VARIABLE = PREFIX + "CONFIG"
 SECTIONS = {key.rsplit(".", depth)[0] for key in SETTINGS for depth in range(1, key.count(".") + 1)}
+_STANDARD_TAGS = {
+    f"tag:yaml.org,2002:{name}"
+    for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge", "seq", "map")
+}
 _KEY_OF_VARIABLE = {setting.variable: key for key, setting in SETTINGS.items()}
 _KEY_OF_FLAG = {setting.flag: key for key, setting in SETTINGS.items()}
 # What a variable would be called by someone who took `_` for the separator.
@@ -195,7 +199,7 @@ def _parts(node: yaml.Node) -> list[yaml.Node]:
 
 
 def _is_standard(node: yaml.Node) -> bool:
-    return bool(node.tag.startswith("tag:yaml.org,2002:"))
+    return node.tag in _STANDARD_TAGS
 
 
 def _is_plain(node: yaml.Node) -> bool:

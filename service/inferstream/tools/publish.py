@@ -16,11 +16,10 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 from aiokafka import AIOKafkaProducer
@@ -34,7 +33,7 @@ from aiokafka.partitioner import murmur2
 
 from inferstream.codec import BATCH_HEADER_BYTES, Codec, pointer_parts, resolve
 from inferstream.documents import Headers, Kind, Outgoing, Reason, Rejected
-from inferstream.errors import KafkaRefused, SettingsError
+from inferstream.errors import Incomplete, KafkaRefused, SettingsError
 from inferstream.kafka.connection import TopicFacts, client_options, start_with_retry, topic_facts
 
 if TYPE_CHECKING:
@@ -57,21 +56,8 @@ UNREADABLE = "unreadable"
 INVALID_KEY = "invalid_key"
 
 
-class Format(StrEnum):
-    """``jsonl``: a JSON document per line; ``text``: a text per line; ``files``: a text per file."""
-
-    JSONL = "jsonl"
-    TEXT = "text"
-    FILES = "files"
-    AUTO = "auto"
-
-
-class IdFrom(StrEnum):
-    """Where the id of a document that has none comes from."""
-
-    PATH = "path"
-    LINE = "line"
-    NONE = "none"
+Format = Literal["auto", "jsonl", "text", "files"]  # a JSON document per line, a text per line, a text per file
+IdFrom = Literal["path", "line", "none"]  # where the id of a document that has none comes from
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +66,7 @@ class Options:
 
     sources: tuple[str, ...]
     topic: str
-    format: Format = Format.AUTO
+    format: Format = "auto"
     key_field: str | None = None
     id_from: IdFrom | None = None
     raw: bool = False
@@ -189,26 +175,29 @@ async def in_thread(chunks: Iterator[Chunk]) -> AsyncIterator[Chunk]:
     """Iterate in a daemon thread, at most CHUNKS_AHEAD ahead: a stdin that blocks holds up neither the event
     loop nor the exit."""
     loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[Chunk | BaseException | None] = asyncio.Queue(CHUNKS_AHEAD)
+    queue: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
+    room = threading.Semaphore(CHUNKS_AHEAD)
 
-    def put(item: Chunk | BaseException | None) -> None:
-        asyncio.run_coroutine_threadsafe(queue.put(item), loop).result()
+    def put(item: Chunk | Exception | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the need
+            loop.call_soon_threadsafe(queue.put_nowait, item)
 
     def work() -> None:
-        with contextlib.suppress(RuntimeError, asyncio.CancelledError):  # the loop has ended
-            try:
-                for chunk in chunks:
-                    put(chunk)
-            except Exception as error:
-                put(error)
-            else:
-                put(None)
+        try:
+            for chunk in chunks:
+                room.acquire()
+                put(chunk)
+        except Exception as error:
+            put(error)
+        else:
+            put(None)
 
     threading.Thread(target=work, name="read-sources", daemon=True).start()
     while (item := await queue.get()) is not None:
-        if isinstance(item, BaseException):
+        if isinstance(item, Exception):
             raise item
         yield item
+        room.release()
 
 
 # ---- reading
@@ -244,7 +233,7 @@ class Reader:
                 raise SettingsError(f"{source}: no such file or folder")
         if options.sources.count(STDIN) > 1:
             raise SettingsError("- (stdin) can be given once")
-        if options.format is Format.FILES and options.id_from is IdFrom.LINE:
+        if options.format == "files" and options.id_from == "line":
             raise SettingsError("--id-from line: a file is one document; use path or none")
         if self._plain and not options.raw and self._key is not None:
             raise SettingsError("--key-field: with input.format=text a record has no fields")
@@ -270,7 +259,7 @@ class Reader:
                 yield from self._file(Path(source), source)
 
     def _folder(self, folder: Path) -> Iterator[Chunk]:
-        whole = self._options.format in (Format.AUTO, Format.FILES)
+        whole = self._options.format in ("auto", "files")
         for path in _files(folder):
             if whole:
                 yield self._whole(path, path.relative_to(folder).as_posix())
@@ -278,7 +267,7 @@ class Reader:
                 yield from self._file(path, path.relative_to(folder).as_posix())
 
     def _file(self, path: Path, name: str) -> Iterator[Chunk]:
-        if self._options.format is Format.FILES:
+        if self._options.format == "files":
             yield self._whole(path, name)
             return
         try:
@@ -299,7 +288,7 @@ class Reader:
             content = path.read_bytes()
         except OSError as error:
             return Chunk([Bad(name, UNREADABLE, error.strerror or str(error))], size)
-        return Chunk([self._document(name, None, content, Format.FILES)], size)
+        return Chunk([self._document(name, None, content, "files")], size)
 
     def _lines(self, name: str, number: int) -> Iterator[Chunk]:
         """A chunk for every read that ended a line.  Raw reads: they give what is there, and nothing is
@@ -383,14 +372,14 @@ class Reader:
         self, where: str, name: str, line_number: int | None, content: bytes, form: Format
     ) -> bytes | Bad:
         """The record's value: the line as it is, or a document made of a text."""
-        by_default = IdFrom.NONE if form is Format.JSONL else IdFrom.PATH
+        by_default: IdFrom = "none" if form == "jsonl" else "path"
         id_from = self._options.id_from or by_default
         new_id = {
-            IdFrom.NONE: None,
-            IdFrom.PATH: where,
-            IdFrom.LINE: name if line_number is None else str(line_number),
+            "none": None,
+            "path": where,
+            "line": name if line_number is None else str(line_number),
         }[id_from]
-        if form is Format.JSONL:
+        if form == "jsonl":
             if new_id is None or self._plain:
                 return content
             try:
@@ -420,7 +409,7 @@ def _pointer(field_name: str) -> str:
 
 def _format_of(form: Format, name: str, first_line: bytes) -> Format:
     """JSON lines begin with an object; anything else is text."""
-    if form is not Format.AUTO:
+    if form != "auto":
         return form
     start = first_line.lstrip()[:1]
     if start == b"[" and first_line.rstrip()[-1:] in (b"[", b"{", b"]", b",", b"}"):
@@ -428,10 +417,10 @@ def _format_of(form: Format, name: str, first_line: bytes) -> Format:
             f"{name} looks like one JSON array; one document per line is needed: jq -c '.[]' makes that, or say "
             "--format text"
         )
-    return Format.JSONL if start == b"{" else Format.TEXT
+    return "jsonl" if start == b"{" else "text"
 
 
-def _key_of(where: str, value: bytes, parts: tuple[str, ...], *, raw: bool) -> bytes | None | Bad:
+def _key_of(where: str, value: bytes, parts: tuple[str, ...], *, raw: bool) -> bytes | Bad | None:
     try:
         found = resolve(orjson.loads(value), parts)
     except orjson.JSONDecodeError:
@@ -569,6 +558,8 @@ class Outbox:
         if future.cancelled():
             return
         error = future.exception()
+        if number not in self._waiting:
+            return
         if error is None:
             self._settle(number)
             self._counts.accepted += 1
@@ -576,10 +567,9 @@ class Outbox:
             self._failed[number] = error
         self._moved.set()
 
-    def _settle(self, number: int) -> Good:
+    def _settle(self, number: int) -> None:
         record, _ = self._waiting.pop(number)
         self._bytes -= len(record.value)
-        return record
 
     async def _progress(self) -> None:
         """Until an answer comes; gives up on all that waits when none has come for ``connect_timeout_s``."""
@@ -591,9 +581,10 @@ class Outbox:
             async with asyncio.timeout(self._stall_s):
                 await self._moved.wait()
         except TimeoutError:
-            raise KafkaRefused(
-                f"no acknowledgement for {self._stall_s:g} s (kafka.connect_timeout_s): "
-                f"{len(self._waiting)} records may or may not have arrived"
+            for record, _ in self._waiting.values():
+                self._counts.lose(record.where, "not acknowledged in time; it may or may not have arrived")
+            raise Incomplete(
+                f"the brokers acknowledged nothing for {self._stall_s:g} s (kafka.connect_timeout_s): given up"
             ) from None
 
     async def _recover(self) -> None:
@@ -605,10 +596,9 @@ class Outbox:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):  # healthy partitions are still answering
                     await self._moved.wait()
-        left = sorted(self._waiting)
-        self._failed.clear()
         await self._replace_producer()
-        for number in left:
+        self._failed.clear()
+        for number in sorted(self._waiting):
             record, partition = self._waiting[number]
             try:
                 async with asyncio.timeout(self._stall_s):
@@ -625,7 +615,7 @@ class Outbox:
         await self.stop()
         await self.start()
 
-    def _refused_for_good(self, errors: Sequence[BaseException] | Any) -> None:
+    def _refused_for_good(self, errors: Iterable[BaseException]) -> None:
         for error in errors:
             if isinstance(error, TopicAuthorizationFailedError):
                 raise KafkaRefused(f"topic {self._topic}: no right to write to it (ACL: Write)")

@@ -1,0 +1,63 @@
+"""The pipe: what is left without a model.  `builtin:hash` against the smallest possible aiokafka loop."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from dataclasses import asdict
+
+from benchmarks.arena import SETTLE_S, Arena, Contestant, Ours, Round, Script
+from benchmarks.report import Goal, Section, median_ratio, number, table
+from benchmarks.scale import Scale
+
+HASH = {"model": {"id": "builtin:hash"}}
+OURS, SMALLEST = "inferstream", "smallest loop"
+GOAL = 0.5
+
+
+async def run(arena: Arena, scale: Scale) -> Section:
+    texts = arena.corpus.take(scale.pipe_documents)
+    rounds: dict[str, list[Round]] = {OURS: [], SMALLEST: []}
+    contestants: list[Contestant] = [Ours(arena, OURS, await arena.topics("pipe"), HASH)]
+    try:
+        contestants.append(
+            Script(arena, SMALLEST, await arena.topics("smallest"), "smallest", {"compression": "zstd"})
+        )
+        for contestant in contestants:
+            await contestant.ready(arena)
+        await asyncio.sleep(SETTLE_S)
+        for contestant in contestants:  # what is paid once is paid here
+            await arena.round(contestant, texts[: len(texts) // 10])
+        for _ in range(scale.rounds):
+            for contestant in contestants:
+                rounds[contestant.name].append(await arena.round(contestant, texts))
+            contestants.reverse()
+    finally:
+        for contestant in contestants:
+            contestant.stop()
+    ratio = median_ratio([r.rate for r in rounds[OURS]], [r.rate for r in rounds[SMALLEST]])
+    section = Section(
+        "The pipe: builtin:hash from Kafka to Kafka", [Goal(f"{OURS} / {SMALLEST}", ratio, GOAL, True)]
+    )
+    rows = [
+        [
+            name,
+            number(statistics.median(r.rate for r in done)),
+            f"{number(min(r.rate for r in done))} – {number(max(r.rate for r in done))}",
+            number(statistics.median(r.worker_cpu_s / r.documents for r in done) * 1e6),
+            number(statistics.median(r.broker_cpu_s / r.documents for r in done) * 1e6),
+        ]
+        for name, done in rounds.items()
+    ]
+    head = ["", "documents/s", "lowest – highest", "its CPU µs/document", "broker's CPU µs/document"]
+    section.text += [
+        table(head, rows),
+        f"{len(texts):,} documents a round. The smallest loop: `getmany`, `orjson.loads`, the same vector, "
+        "`orjson.dumps` of id and vector, `send_batch`, `commit`; no validation, order, bounds, dead letters or "
+        "usage and source in the result.",
+    ]
+    section.data = {
+        "ratio": ratio,
+        "rounds": {name: [asdict(r) for r in done] for name, done in rounds.items()},
+    }
+    return section

