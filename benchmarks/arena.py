@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -238,15 +239,7 @@ class Ours(Contestant):
             raise RuntimeError(f"{self.name} ended with {code}:\n{self.worker.stderr_text()[-3000:]}")
 
     async def ready(self, arena: Arena) -> None:
-        """The start offsets are committed before the first record is admitted: then it polls."""
-        deadline = time.monotonic() + READY_S
-        while len(await arena.broker.committed(self.topics.group, self.topics.source)) < PARTITIONS:
-            self.check()
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"{self.name} is not ready after {READY_S:.0f} s\n{self.worker.stderr_text()}"
-                )
-            await asyncio.sleep(0.2)
+        await _polling(arena, self)
 
     def stop(self) -> None:
         if self.worker.returncode is None:
@@ -277,6 +270,44 @@ class Script(Contestant):
 
     def stop(self) -> None:
         self.child.kill()
+
+
+class Watched(Script):
+    """A worker with a look inside: :mod:`benchmarks.worker`.  ``options`` are that module's."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        name: str,
+        topics: Topics,
+        changes: Mapping[str, Any],
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        config = str(arena.config(topics, changes))
+        super().__init__(arena, name, topics, "worker", {"config": config, **(options or {})})
+
+    async def ready(self, arena: Arena) -> None:
+        await _polling(arena, self)
+
+    async def mark(self) -> None:
+        """What was before does not count."""
+        self.child.send(signal.SIGUSR1)
+        await self.child.answer(READY_S)
+
+    async def seen(self) -> dict[str, Any]:
+        """What it saw since the mark; it drains and ends."""
+        self.child.send(signal.SIGUSR2)
+        return await self.child.answer(READY_S)
+
+
+async def _polling(arena: Arena, worker: Contestant) -> None:
+    """Wait until a worker of ours polls: it commits its start offsets, and then opens the gate."""
+    deadline = time.monotonic() + READY_S
+    while len(await arena.broker.committed(worker.topics.group, worker.topics.source)) < PARTITIONS:
+        worker.check()
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{worker.name} is not ready after {READY_S:.0f} s")
+        await asyncio.sleep(0.2)
 
 
 class Child:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import orjson
 from aiokafka import AIOKafkaProducer
 
-from benchmarks.arena import PARTITIONS, READY_S, ROUND_S, SETTLE_S, Arena, Script
+from benchmarks.arena import PARTITIONS, ROUND_S, SETTLE_S, Arena, Watched
 from benchmarks.documents import records
 from benchmarks.machine import cpu_seconds
 from benchmarks.pipe import HASH
@@ -86,7 +85,7 @@ async def run(arena: Arena, scale: Scale, peak: float) -> Section:
 async def stream(arena: Arena, name: str, changes: Mapping[str, Any], rate: float, count: int) -> Stream:
     """Send ``count`` documents at Poisson times and read what became of them."""
     topics = await arena.topics(name)
-    worker = Script(arena, name, topics, "worker", {"config": str(arena.config(topics, changes))})
+    worker = Watched(arena, name, topics, changes)
     texts = arena.corpus.take(WARM_UP + count)
     producer = AIOKafkaProducer(bootstrap_servers=arena.bootstrap, linger_ms=0)
     await producer.start()
@@ -95,15 +94,13 @@ async def stream(arena: Arena, name: str, changes: Mapping[str, Any], rate: floa
         await asyncio.sleep(SETTLE_S)
         await send(producer, topics.source, texts[:WARM_UP], rate)
         await _answered(arena, topics.target, WARM_UP, worker)
-        worker.child.send(signal.SIGUSR1)
-        await worker.child.answer(READY_S)
+        await worker.mark()
         worker_cpu, broker_cpu, own_cpu = cpu_seconds(worker.pid), arena.broker_cpu_s(), time.process_time()
         await send(producer, topics.source, texts[WARM_UP:], rate)
         own_cpu = time.process_time() - own_cpu
         await _answered(arena, topics.target, WARM_UP + count, worker)
         worker_cpu, broker_cpu = cpu_seconds(worker.pid) - worker_cpu, arena.broker_cpu_s() - broker_cpu
-        worker.child.send(signal.SIGUSR2)
-        seen = await worker.child.answer(READY_S)
+        seen = await worker.seen()
     finally:
         await producer.stop()
         worker.stop()
@@ -139,7 +136,7 @@ async def send(producer: AIOKafkaProducer, topic: str, texts: Sequence[str], rat
     await asyncio.gather(*sent)
 
 
-async def _answered(arena: Arena, topic: str, count: int, worker: Script) -> None:
+async def _answered(arena: Arena, topic: str, count: int, worker: Watched) -> None:
     deadline = time.monotonic() + ROUND_S
     while sum((await arena.broker.end_offsets(topic)).values()) < count:
         worker.check()

@@ -9,12 +9,11 @@ documents a second alone would take more cores than this is meant to run on.
 from __future__ import annotations
 
 import asyncio
-import signal
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.arena import READY_S, SETTLE_S, Arena, Round, Script
+from benchmarks.arena import SETTLE_S, Arena, Round, Watched
 from benchmarks.report import Goal, Section, number, table
 from benchmarks.scale import Scale
 from inferstream.tasks.hash import CHARACTERS_PER_TOKEN
@@ -41,20 +40,15 @@ async def run(arena: Arena, scale: Scale) -> Section:
     texts = arena.corpus.take(scale.paced_documents)
     tokens = mean_tokens(texts)
     topics = await arena.topics("paced")
-    options = {
-        "config": str(arena.config(topics, AS_ON_A_GPU)),
-        "paced": {"tokens_per_s": DOCUMENTS_PER_S * tokens, "width": WIDTH},
-    }
-    worker = Script(arena, "paced", topics, "worker", options)
+    pace = {"paced": {"tokens_per_s": DOCUMENTS_PER_S * tokens, "width": WIDTH}}
+    worker = Watched(arena, "paced", topics, AS_ON_A_GPU, pace)
     try:
         await worker.ready(arena)
         await asyncio.sleep(SETTLE_S)
         await arena.round(worker, texts[: len(texts) // 10])  # what is paid once
-        worker.child.send(signal.SIGUSR1)
-        await worker.child.answer(READY_S)
+        await worker.mark()
         done = await arena.round(worker, texts)
-        worker.child.send(signal.SIGUSR2)
-        seen = await worker.child.answer(READY_S)
+        seen = await worker.seen()
     finally:
         worker.stop()
     return _section(done, seen, tokens)

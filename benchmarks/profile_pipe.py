@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arena import READY_S, SETTLE_S, Arena, Round, Script
+from benchmarks.arena import SETTLE_S, Arena, Round, Watched
 from benchmarks.documents import Corpus
 from benchmarks.paced import stage_seconds
 from benchmarks.pipe import HASH
@@ -26,18 +25,15 @@ from benchmarks.scale import FULL
 async def profile(arena: Arena, documents: int, calls: bool) -> tuple[Round, dict[str, Any]]:
     """One backlog through an instrumented worker with builtin:hash."""
     topics = await arena.topics("profile")
-    options = {"config": str(arena.config(topics, HASH)), "profile": calls}
-    worker = Script(arena, "profile", topics, "worker", options)
+    worker = Watched(arena, "profile", topics, HASH, {"profile": calls})
     texts = arena.corpus.take(documents)
     try:
         await worker.ready(arena)
         await asyncio.sleep(SETTLE_S)
         await arena.round(worker, texts[: documents // 10])
-        worker.child.send(signal.SIGUSR1)
-        await worker.child.answer(READY_S)
+        await worker.mark()
         done = await arena.round(worker, texts)
-        worker.child.send(signal.SIGUSR2)
-        return done, await worker.child.answer(READY_S)
+        return done, await worker.seen()
     finally:
         worker.stop()
 

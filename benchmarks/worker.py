@@ -1,8 +1,7 @@
 """A worker as `inferstream run` starts it, with a look inside.  ``python -m benchmarks.worker JSON``.
 
 For what cannot be seen from outside: how long batches took, what each thread's CPU time was, whether the device
-idled, and (``paced``) with a device that stands in for a faster one.  Prints ``{"ready": true}`` when it
-polls; for SIGUSR1 ``{"mark": true}``, and what was before does not count; for SIGUSR2 what it has seen, and
+idled, and (``paced``) with a device that stands in for a faster one.  Prints for SIGUSR1 ``{"mark": true}``, and what was before does not count; for SIGUSR2 what it has seen, and
 drains.
 """
 
@@ -16,6 +15,7 @@ import pstats
 import signal
 import sys
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,7 +42,7 @@ class Look:
     def __init__(self, options: dict[str, Any]) -> None:
         self._paced: dict[str, Any] | None = options.get("paced")
         self._profiled: bool = options.get("profile", False)
-        self._loop_profile = cProfile.Profile()
+        self._loop_profile = cProfile.Profile(time.thread_time)
         self._thread_profiles: list[cProfile.Profile] = []
         self._device: PacedDevice | WatchedDevice | None = None
         self._worker: app.Worker | None = None
@@ -62,17 +62,7 @@ class Look:
 
     async def started(self, worker: app.Worker) -> None:
         self._worker = worker
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGUSR1, self.mark)
-        watcher = asyncio.create_task(self._tell_when_polling(worker))
-        watcher.add_done_callback(lambda task: task.exception())
-
-    async def _tell_when_polling(self, worker: app.Worker) -> None:
-        while not worker.source.lanes or any(
-            worker.source.committed_offset(lane) is None for lane in worker.source.lanes
-        ):
-            await asyncio.sleep(0.1)
-        _say({"ready": True})
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self.mark)
 
     def mark(self) -> None:
         """What was before does not count."""
@@ -117,7 +107,7 @@ class Look:
         run = Workers._run
 
         def profiled(workers: Workers) -> None:
-            profile = cProfile.Profile()
+            profile = cProfile.Profile(time.thread_time)
             self._thread_profiles.append(profile)
             profile.runcall(run, workers)
 

@@ -1,4 +1,4 @@
-"""The policy that forms batches: examples, random loads, and what the simulation of docs/batching.md claims."""
+"""The policy that forms batches: examples, random loads, and what docs/batching.md says of the simulation."""
 
 from __future__ import annotations
 

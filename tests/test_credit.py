@@ -30,6 +30,23 @@ def test_max_records_when_nothing_is_held_then_is_the_documents_bound() -> None:
     assert credit().max_records() == 100
 
 
+def test_max_records_when_documents_are_held_then_is_what_is_left() -> None:
+    held = credit()
+    take(held, "a", 30)
+    take(held, "b", 30)
+    assert held.max_records() == 40
+
+
+def test_max_records_when_less_than_a_mean_record_fits_then_is_one() -> None:
+    held = credit(documents=10, size=1000)
+    for _ in range(400):
+        held.take("a", 400)
+        held.give("a", 400)
+    held.take("a", 400)
+    held.take("b", 400)
+    assert held.max_records() == 1
+
+
 def test_max_records_when_documents_are_large_then_follows_their_recent_mean() -> None:
     held = credit(documents=1000, size=1_000_000)
     for _ in range(400):

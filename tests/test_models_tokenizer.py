@@ -28,6 +28,7 @@ CORPUS = [
     "the reader opens 12 files, isn't it?",
     "Ünïcödé ﬁne 東京都 한국어 emoji 👩‍👩‍👧 done",
     "a b c d e f g",
+    "def f():\n        return   1\n\n\n    x\n\n",  # so that runs of white space are tokens as well
 ] * 3
 
 ODD = [
@@ -136,6 +137,7 @@ def limited(backend: Tokenizer) -> Tokenizer:
 
 @settings(max_examples=100, deadline=None)
 @given(text=odd_texts)
+@example(text="a    b\n\n\n   c")
 @example(text="word [MASK]  word <mask> \u0301x")
 @example(text="a\u0301 \u0301b İ 東\u0301京 'll  \n x")
 def test_head_when_cut_at_a_safe_boundary_has_the_first_tokens_of_the_whole(

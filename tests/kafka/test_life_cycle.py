@@ -125,7 +125,7 @@ async def test_latest_when_killed_before_the_first_result_then_what_arrived_mean
 async def test_latest_when_partitions_are_added_then_they_are_read_from_their_beginning(
     kafka: Kafka, launch: Callable[..., Worker]
 ) -> None:
-    source, target, group = await make_topics(kafka, "born-later", 12)
+    source, target, group = await make_topics(kafka, "born-later", 40)  # some in every partition
     tree = settings(kafka.bootstrap, source, target, group, {"input": {"start": "latest"}})
     await process_all(kafka, launch, tree, source, group)
     assert await kafka.read_all(target) == []

@@ -41,8 +41,8 @@ def demo(
     half it is killed with -9 and another one started.  In the end the topics are counted: nothing may be
     missing (else exit 1).  Needs no network, leaves nothing behind, takes about a minute.
 
+    \b
     inferstream demo
-
     inferstream demo --ask "How do I measure how long a function takes?" --no-kill
     """
     from inferstream.tools.demo import Options, require_extras, run

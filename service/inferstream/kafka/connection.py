@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 METADATA_MAX_AGE_MS = 60_000  # how late new partitions and moved leaders are seen without an error telling us
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 3.0
+LOG_INTERVAL_S = 10.0
 FIRST_ATTEMPT_S = (
     10.0  # a host that swallows packets must not use up the time of the others; doubled each time
 )
@@ -125,6 +126,7 @@ async def start_with_retry(kafka: Kafka, start: Callable[[], Awaitable[object]],
     require_fast_client()
     deadline = time.monotonic() + timeout_s
     backoff_s, attempt_s = FIRST_BACKOFF_S, FIRST_ATTEMPT_S
+    next_line = time.monotonic()
     hosts: dict[str, str] = {}
     while True:
         remaining_s = deadline - time.monotonic()
@@ -142,10 +144,10 @@ async def start_with_retry(kafka: Kafka, start: Callable[[], Awaitable[object]],
                 raise KafkaRefused(_refusal(kafka, host, problem)) from error
         if time.monotonic() + backoff_s >= deadline:
             raise KafkaRefused(_unreachable(kafka, timeout_s, hosts, error)) from error
-        log.warning(
-            "no broker answers yet, trying again",
-            extra={"hosts": _tried(kafka, hosts), "error": _brief(error)},
-        )
+        if time.monotonic() >= next_line:
+            next_line = time.monotonic() + LOG_INTERVAL_S
+            why = {"hosts": _tried(kafka, hosts)} if heard else {"error": _brief(error)}
+            log.warning("Kafka is not ready, trying again", extra=why)
         await asyncio.sleep(backoff_s)
         backoff_s, attempt_s = min(backoff_s * 2, MAX_BACKOFF_S), attempt_s * 2
 
@@ -282,5 +284,7 @@ def _brief(error: BaseException) -> str:
         return "connection refused"
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    name, text = type(error).__name__, " ".join(str(error).split())
+    if not text or text.startswith(name):
+        return text or name
+    return f"{name}: {text}"

@@ -104,7 +104,9 @@ async def _partitions(kafka: Kafka, topics: Sequence[str]) -> list[TopicPartitio
         facts = await topic_facts(kafka, topics)
         missing = [name for name in topics if name not in facts]
         if missing:
-            raise KafkaRefused(f"topic {', '.join(missing)} does not exist on {','.join(kafka.bootstrap_servers)}")
+            raise KafkaRefused(
+                f"topic {', '.join(missing)} does not exist on {','.join(kafka.bootstrap_servers)}"
+            )
         found[:] = [TopicPartition(name, n) for name in topics for n in range(facts[name].partitions)]
 
     await start_with_retry(kafka, look, kafka.connect_timeout_s)

@@ -46,9 +46,9 @@ TICK_S = 0.1
 SCRAPE_S = 2.0  # a batch lasts a good part of a second: the device's share of a shorter time says little
 
 QUESTIONS = (
-    "How do I read a file with comma separated values?",
-    "How do I wait until several threads have finished?",
-    "How can I make a file smaller?",
+    "How do I keep only the largest numbers of a long list?",
+    "How do I undo the compression of a file?",
+    "How do I compare two texts and show the differences?",
 )
 POISONED = (
     ("half-a-json", b'{"id": "half-a-json", "text": "it ends in the mid'),
@@ -186,15 +186,12 @@ class _Demo:
 
     async def _send_what_fits(self, topics: Topics, corpus: Sequence[Docstring], first_at: float) -> None:
         """Measure the rate on the first documents, then send as many more as the time allows."""
-        ledger = self._ledger
-        burst, start_s = ledger.answered, first_at - self._started
+        ledger, start_s = self._ledger, first_at - self._started
+        done, since = await self._done(), time.monotonic()
         await self._until(
-            lambda: (
-                ledger.answered > burst
-                and (time.monotonic() - first_at >= MEASURE_S or 2 * ledger.answered >= len(ledger.sent))
-            )
+            lambda: time.monotonic() - since >= MEASURE_S or 2 * ledger.answered >= len(ledger.sent)
         )
-        rate = (ledger.answered - burst) / max(0.1, time.monotonic() - first_at)
+        rate = (await self._done() - done) / (time.monotonic() - since)
         total = planned_documents(rate, ledger.answered, self._elapsed_s, start_s, kill=self._options.kill)
         more = corpus[FEWEST:total]
         if more:
@@ -202,6 +199,14 @@ class _Demo:
             self._view.event(
                 f"{rate:.0f} documents/s: {len(more):,} more fit the time, {len(ledger.sent):,} in all"
             )
+
+    async def _done(self) -> float:
+        """How many documents are done, those included that wait for an older one of their partition.
+
+        In the beginning those are many: answers leave in order, batches are formed by length.
+        """
+        reading = await scrape(self._port) or self._reading
+        return self._ledger.answered + reading.blocked
 
     def _find(self, corpus: Sequence[Docstring]) -> list[Found]:
         vectors, summaries = self._ledger.vectors, {each.name: _summary(each.text) for each in corpus}

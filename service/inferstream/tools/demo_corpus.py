@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ _SKIPPED = frozenset(
     (
         "site-packages",
         "dist-packages",
+        "distutils",
         "test",
         "tests",
         "idlelib",
@@ -112,7 +112,7 @@ def _is_text(text: str) -> bool:
 
 def _folders() -> Iterator[tuple[str, Path]]:
     """Folders of sources and the module name their files begin with."""
-    yield "", Path(sysconfig.get_path("stdlib"))
+    yield "", Path(ast.__file__).parent
     for package in PACKAGES:
         try:
             spec = importlib.util.find_spec(package)  # of a top-level name: looks, does not import

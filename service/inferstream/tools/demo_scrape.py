@@ -14,6 +14,7 @@ _PADDING_SUM = "inferstream_batch_padding_ratio_sum"
 _PADDING_COUNT = "inferstream_batch_padding_ratio_count"
 _BUSY = "inferstream_device_busy_seconds_total"
 _IDLE = "inferstream_device_idle_ratio"
+_BLOCKED = "inferstream_blocked_documents"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class Reading:
 
     ``fills`` (0 to 1) and ``seconds`` (worked so far) are by stage, in the worker's order; ``padding`` is the
     mean share of padding in a batch and ``busy`` the device's share of the time since the scrape before, both
-    None while there is nothing to tell; ``busy_s`` adds up what the device computes side by side.
+    None while there is nothing to tell; ``busy_s`` adds up what the device computes side by side.  ``blocked``
+    documents are done and wait for an older one of their partition.
     """
 
     fills: dict[str, float] = field(default_factory=dict)
@@ -30,6 +32,7 @@ class Reading:
     padding: float | None = None
     busy: float | None = None
     busy_s: float = 0.0
+    blocked: float = 0.0
 
 
 def parse(text: str) -> Reading:
@@ -53,6 +56,7 @@ def parse(text: str) -> Reading:
         plain[_PADDING_SUM] / batches if batches else None,
         1 - plain[_IDLE] if batches and _IDLE in plain else None,
         plain.get(_BUSY, 0.0),
+        plain.get(_BLOCKED, 0.0),
     )
 
 

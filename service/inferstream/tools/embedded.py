@@ -59,14 +59,11 @@ def _library_path() -> Path:
 
 def _load() -> ctypes.CDLL:
     """librdkafka with the signatures of the functions used here."""
-    # The extension module is imported first: it loads the libraries that librdkafka itself is linked to.
+    path = _library_path()
     try:
-        import confluent_kafka  # noqa: F401  (for its side effect: the dependent libraries are loaded)
-    except ImportError as error:
-        raise SettingsError(
-            f"the embedded broker needs the package confluent-kafka ({error}): {INSTALL}"
-        ) from error
-    library = ctypes.CDLL(str(_library_path()))
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise SettingsError(f"the embedded broker cannot load {path}: {error}; reinstall it: {INSTALL}") from error
     pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
     signatures: dict[str, tuple[type | None, list[type]]] = {
         "rd_kafka_conf_new": (pointer, []),

@@ -56,7 +56,9 @@ UNREADABLE = "unreadable"
 INVALID_KEY = "invalid_key"
 
 
-Format = Literal["auto", "jsonl", "text", "files"]  # a JSON document per line, a text per line, a text per file
+Format = Literal[
+    "auto", "jsonl", "text", "files"
+]  # a JSON document per line, a text per line, a text per file
 IdFrom = Literal["path", "line", "none"]  # where the id of a document that has none comes from
 
 
@@ -225,7 +227,9 @@ class Reader:
         self._codec = Codec.from_settings(settings)
         self._id = pointer_parts("input.id_field", settings.input.id_field)
         self._text = pointer_parts("input.text_field", settings.input.text_field)
-        self._key = None if options.key_field is None else pointer_parts("--key-field", _pointer(options.key_field))
+        self._key = (
+            None if options.key_field is None else pointer_parts("--key-field", _pointer(options.key_field))
+        )
         self.limit: int | None = None
         self.needs_key = False
         for source in options.sources:
@@ -358,7 +362,11 @@ class Reader:
             if isinstance(decoded, Rejected):
                 return Bad(where, decoded.reason.value, decoded.message)
         if self.needs_key and key is None:
-            return Bad(where, INVALID_KEY, "the topic is compacted and takes no record without a key; use --key-field")
+            return Bad(
+                where,
+                INVALID_KEY,
+                "the topic is compacted and takes no record without a key; use --key-field",
+            )
         size = Outgoing(Kind.RESULT, key, value, ()).size + BATCH_HEADER_BYTES
         if self.limit is not None and size > self.limit:
             packed = size - len(value) + len(zstd_encode(value)) if has_zstd() else size

@@ -78,9 +78,7 @@ def wanted_topics(settings: Settings, partitions: int | None, replication: int |
     return topics
 
 
-async def create_topics(
-    kafka: Kafka, topics: Sequence[Wanted], *, dry_run: bool = False
-) -> list[Report]:
+async def create_topics(kafka: Kafka, topics: Sequence[Wanted], *, dry_run: bool = False) -> list[Report]:
     """Create what is missing, in order; with ``dry_run`` only ask the brokers whether they would.
 
     Raises KafkaRefused when the brokers do not answer in time or refuse.
@@ -135,7 +133,12 @@ async def _create(client: AIOKafkaClient, topics: Sequence[Wanted], dry_run: boo
 
 
 async def _create_one(
-    client: AIOKafkaClient, name: str, partitions: int, replication: int, configs: dict[str, str], dry_run: bool
+    client: AIOKafkaClient,
+    name: str,
+    partitions: int,
+    replication: int,
+    configs: dict[str, str],
+    dry_run: bool,
 ) -> None:
     request = CreateTopicsRequest(
         [(name, partitions, replication, [], list(configs.items()))], REQUEST_TIMEOUT_MS, dry_run
@@ -153,14 +156,18 @@ async def _create_one(
             continue
         if problem.retriable:
             raise problem(topic)
-        raise KafkaRefused(f"topic {topic}: not created: {problem.__name__}: {message or problem.description}")
+        raise KafkaRefused(
+            f"topic {topic}: not created: {problem.__name__}: {message or problem.description}"
+        )
 
 
 def _controller(client: AIOKafkaClient) -> Any:
+    """The node that creates topics; any, where the cluster names none (yet): it answers that it cannot."""
     controller = client.cluster.controller
-    if controller is None:
-        raise NodeNotReadyError("the cluster has no controller yet")
-    return controller.nodeId
+    node = controller.nodeId if controller is not None else client.get_random_node()
+    if node is None:
+        raise NodeNotReadyError("no broker is known")
+    return node
 
 
 async def _broker_limit(client: AIOKafkaClient) -> int:

@@ -1,0 +1,170 @@
+"""The command line: which commands there are, and what an error ends with.
+
+Commands import what they need when they run, so that `inferstream --help` and a usage error take no time:
+nothing here imports torch, aiokafka or pydantic.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from inferstream.cli import broker, consume, publish, topics
+from inferstream.errors import InferstreamError
+from inferstream.version import version
+
+PASS_ON: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True}
+PASS_ON_HELP: dict[str, Any] = {**PASS_ON, "help_option_names": []}
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: quick, and the same in a pipe
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"inferstream {version()}")
+        raise typer.Exit()
+
+
+@app.callback()
+def inferstream(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Documents from one Kafka topic, a model's results to another; nothing lost.
+
+    \b
+    See it work, with nothing but this package:
+      inferstream demo
+
+    \b
+    With a Kafka of your own:
+      export INFERSTREAM_KAFKA__BOOTSTRAP_SERVERS=kafka-1:9092
+      inferstream topics create --partitions 8 documents embeddings embeddings.dead-letters
+      inferstream publish --topic documents documents.jsonl
+      inferstream run --input.topics documents --output.topic embeddings
+      inferstream consume --topic embeddings --from-beginning --max 3
+
+    \b
+    Exit codes: 0 done or drained, 1 unexpected, 2 usage or settings, 3 Kafka refused or unreachable,
+    4 model not loaded, 5 device failed, 6 drain too long, 7 dead letter refused, 8 no progress,
+    9 publish or consume did not do all of it, 130 interrupted.
+    """
+
+
+class SettingsHelp(TyperCommand):
+    """A command that takes every setting as a flag, and lists them at the end of its help."""
+
+    def get_help(self, ctx: Any) -> str:
+        from inferstream.settings import help_text
+
+        return f"{super().get_help(ctx)}\n\n{help_text()}"
+
+
+@app.command(cls=SettingsHelp, context_settings=PASS_ON)
+def run(
+    ctx: typer.Context,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option("--config", metavar="FILE", help="A YAML file with settings; a later one wins."),
+    ] = None,
+) -> None:
+    """Run one worker until it is told to stop.
+
+    Every setting is a flag.  SIGTERM or Ctrl-C drains: what is held is finished, committed, and the group
+    left; a second Ctrl-C ends at once.  More workers with the same kafka.group_id share the partitions.
+
+    \b
+    inferstream run --config service.yaml
+    inferstream run --config service.yaml --kafka.group-id trial --batch.max-tokens 4096
+    inferstream run --kafka.bootstrap-servers localhost:9092 --input.topics documents --output.topic embeddings
+    """
+    from inferstream.cli.run import run as run_worker
+
+    run_worker(config or [], ctx.args)
+
+
+@app.command(
+    context_settings=PASS_ON_HELP, help="See it work: real documents, a real model, a worker killed half-way."
+)
+def demo(ctx: typer.Context) -> None:
+    _delegate(ctx, "inferstream.cli.demo", "demo")
+
+
+app.command()(broker.broker)
+app.command()(publish.publish)
+app.command()(consume.consume)
+app.add_typer(topics.app, name="topics")
+
+
+@app.command(
+    context_settings=PASS_ON_HELP, help="Show the settings and where each comes from, or check them."
+)
+def config(ctx: typer.Context) -> None:
+    _delegate(ctx, "inferstream.cli.config", "app")
+
+
+@app.command(
+    context_settings=PASS_ON_HELP, help="Measure this machine: the model from text, with no Kafka around it."
+)
+def bench(ctx: typer.Context) -> None:
+    _delegate(ctx, "inferstream.cli.bench", "bench")
+
+
+def _delegate(ctx: typer.Context, module: str, name: str) -> None:
+    """Hand the arguments, --help included, to a command whose module is imported only now."""
+    target = getattr(importlib.import_module(module), name)
+    if not isinstance(target, typer.Typer):
+        function, target = target, typer.Typer(add_completion=False)
+        target.command()(function)
+    target.rich_markup_mode = None
+    target._add_completion = False
+    command = typer.main.get_command(target)
+    code = command.main(ctx.args, prog_name=ctx.command_path, standalone_mode=False, max_content_width=110)
+    if isinstance(code, int) and code != 0:
+        raise typer.Exit(code)
+
+
+def report(error: InferstreamError) -> None:
+    """Each line of the message (settings may have several problems) as one line on stderr."""
+    for line in str(error).splitlines() or [type(error).__name__]:
+        print(f"inferstream: error: {line}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run a command; the exit code is the process's."""
+    code: int | str | None
+    try:
+        app(prog_name="inferstream")
+        code = 0
+    except SystemExit as ended:  # click ends so, usage errors (2) included
+        code = ended.code
+    except InferstreamError as error:
+        report(error)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        code = 0  # who read our output has seen enough
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
