@@ -34,6 +34,7 @@ from inferstream.workers import FINISH, PREPARE, Workers
 
 LOOP, OTHER = "event loop", "other"
 TOP = 25  # functions in a profile
+WAITING = ("<method 'acquire' of '_thread.lock' objects>", "<method 'poll' of 'select.epoll' objects>")
 
 
 class Look:
@@ -135,7 +136,8 @@ def _top(profiles: list[cProfile.Profile]) -> list[tuple[str, int, float]]:
     if stats is None:
         return []
     entries: dict[tuple[str, int, str], tuple[int, int, float, float, Any]] = stats.stats  # type: ignore[attr-defined]
-    ordered = sorted(entries.items(), key=lambda entry: entry[1][2], reverse=True)[:TOP]
+    busy = [entry for entry in entries.items() if entry[0][2] not in WAITING]
+    ordered = sorted(busy, key=lambda entry: entry[1][2], reverse=True)[:TOP]
     return [
         (f"{os.path.basename(file)}:{line} {function}", calls, own)
         for (file, line, function), (_, calls, own, *_) in ordered

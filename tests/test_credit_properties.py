@@ -36,9 +36,9 @@ class Load(RuleBasedStateMachine):
     """Partitions with a backlog, polled as a Kafka client hands records over, finished in any order."""
 
     @initialize(
-        documents=st.integers(1, 20),
-        size=st.integers(1, 400),
-        tokens=st.integers(1, 100),
+        documents=st.integers(1, 16),
+        size=st.integers(1, 400) | st.just(10**6),
+        tokens=st.integers(1, 100) | st.just(10**6),
         share=st.sampled_from([0.1, 0.5, 1.0]),
         fetch=st.integers(1, 200),
         partitions=st.integers(1, 4),

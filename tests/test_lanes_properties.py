@@ -48,7 +48,7 @@ class LaneLife(RuleBasedStateMachine):
         return data.draw(st.sampled_from(slots)) if slots else None
 
     @precondition(lambda self: not self.lane.closed)
-    @rule(gaps=st.lists(st.sampled_from([0, 0, 0, 1, 7]), min_size=1, max_size=6))
+    @rule(gaps=st.lists(st.sampled_from([0, 0, 0, 1, 7]), min_size=1, max_size=4))
     def fetch(self, gaps: list[int]) -> None:
         for gap in gaps:
             record: Any = Fetched(self.lane.position + gap)
@@ -60,7 +60,7 @@ class LaneLife(RuleBasedStateMachine):
     def pass_control_records(self, by: int) -> None:
         self.lane.advance(self.lane.position + by)
 
-    @rule(data=st.data(), outcome=st.sampled_from([RESULT, DEAD_LETTER]), count=st.integers(1, 6))
+    @rule(data=st.data(), outcome=st.sampled_from([RESULT, DEAD_LETTER]), count=st.integers(1, 8))
     def finish(self, data: st.DataObject, outcome: Outgoing, count: int) -> None:
         for _ in range(count):
             slot = self.pick(data, ADMITTED)
@@ -80,7 +80,7 @@ class LaneLife(RuleBasedStateMachine):
             assert slot.outcome is not None
             self.sent.append(slot.offset)
 
-    @rule(data=st.data(), count=st.integers(1, 4))
+    @rule(data=st.data(), count=st.integers(1, 6))
     def broker_answers(self, data: st.DataObject, count: int) -> None:
         for _ in range(count):
             slot = self.pick(data, RELEASED)

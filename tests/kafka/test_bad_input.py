@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -154,8 +155,6 @@ async def test_result_when_larger_than_the_topic_takes_then_it_is_a_dead_letter(
     target = await kafka.create_topic(kafka.unique("large-out"), 1, {"max.message.bytes": "4096"})
     await kafka.create_topic(f"{target}.dead-letters", 1, {"max.message.bytes": str(2 * MIB)})
     group = kafka.unique("large-group")
-    import random
-
     noise = "".join(random.Random(7).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=20_000))
     large = orjson.dumps({"id": "large", "text": "x", "metadata": {"noise": noise}})
     # Each of these fits alone; together in one batch they are far above the topic's 4 kB.
@@ -179,13 +178,11 @@ async def test_result_when_larger_than_the_topic_takes_then_it_is_a_dead_letter(
 async def test_dead_letter_when_larger_than_its_topic_takes_then_it_stops_or_is_stripped(
     kafka: Kafka, launch: Callable[..., Worker], oversize: str
 ) -> None:
-    import random
-
     source = await kafka.create_topic(kafka.unique("dead-in"), 1)
     target = await kafka.create_topic(kafka.unique("dead-out"), 1)
     dead = await kafka.create_topic(f"{target}.dead-letters", 1, {"max.message.bytes": "4096"})
     group = kafka.unique("dead-group")
-    noise = bytes(random.Random(7).randrange(32, 127) for _ in range(20_000))
+    noise = bytes(random.Random(7).choices(range(32, 127), k=20_000))  # does not compress below the limit
     good = orjson.dumps({"id": 1, "text": "good"})
     await kafka.produce(source, [(None, good, (), 0), (b"k", noise, (), 0), (None, good, (), 0)])
     # The limit is set by hand, so that start does not refuse the topic: it is the broker that does, later.

@@ -14,8 +14,8 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -40,6 +40,7 @@ SESSION_S = 6.0  # until the broker gives up a member that was killed
 REJOIN_S = 2.0  # for joining and the first batch, once the second worker is loaded
 CAUTION = 0.85  # the rate is measured early, over a few seconds
 MEASURE_S = 4.0
+BUFFERED = 256
 RATE_WINDOW_S = 5.0
 STALL_S = 120.0  # without any answer: something is wrong
 TICK_S = 0.1
@@ -58,11 +59,15 @@ POISONED = (
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """``documents``: so many docstrings, not as many as the time allows; ``questions``: the user's own."""
+    """``documents``: so many docstrings, not as many as the time allows; ``questions``: the user's own.
+
+    ``overrides`` go before the worker's settings, by section; the tests have a model that needs no torch.
+    """
 
     documents: int | None = None
     kill: bool = True
     questions: tuple[str, ...] = ()
+    overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
 def require_extras() -> None:
@@ -97,7 +102,7 @@ async def run(options: Options, view: View) -> Outcome:
 
 
 class _Demo:
-    """One run.  ``_worker_state`` is what the view says of the worker."""
+    """One run.  ``_worker_state`` is what the view says of the worker, ``_worker_since`` since when."""
 
     def __init__(self, options: Options, view: View, folder: Path, bootstrap: str, started: float) -> None:
         self._options = options
@@ -107,17 +112,18 @@ class _Demo:
         self._bootstrap = bootstrap
         self._started = started
         self._ledger = Ledger()
-        self._planned: int | None = None
+        self._planned: int | None = None  # not known before the rate is
         self._worker: Worker | None = None
         self._workers = 0
         self._worker_state = ""
+        self._worker_since = started
         self._port = 0
         self._reading = Reading()
         self._seconds: dict[str, float] = {}  # how long the workers' stages worked
         self._recent: deque[tuple[float, int]] = deque()  # when how many were answered, for the rate
 
     async def run(self) -> Outcome:
-        worker = self._start_worker("loading the model")
+        worker = self._start_worker()
         corpus = asyncio.create_task(_collect())
         async with Topics(self._bootstrap, self._ledger) as topics:
             scraping = asyncio.create_task(self._scrape_for_ever(), name="scrape")
@@ -132,6 +138,8 @@ class _Demo:
     async def _run(self, topics: Topics, corpus: Sequence[Docstring]) -> Outcome:
         options, ledger = self._options, self._ledger
         first = corpus[: options.documents or FEWEST]
+        if options.documents is not None:
+            self._planned = len(first) + len(POISONED) + len(self._questions)
         await topics.send(_with_others(first, self._questions))
         self._view.event(
             f"{len(ledger.sent):,} documents are on the topic {INPUT!r}, in {PARTITIONS} partitions"
@@ -139,7 +147,7 @@ class _Demo:
 
         await self._until(lambda: ledger.newest is not None)
         first_at = time.monotonic()
-        self._worker_state = f"running (pid {self._pid})"
+        self._say(f"pid {self._pid} runs")
         if ledger.newest is not None:
             self._view.event(f"the first result: {described(*ledger.newest)}")
         if options.documents is None:
@@ -224,14 +232,14 @@ class _Demo:
         assert self._worker is not None
         return self._worker.pid
 
-    def _start_worker(self, state: str) -> Worker:
+    def _start_worker(self, before: str = "") -> Worker:
         self._workers += 1
         self._port = _free_port()
         config = self._folder / f"worker-{self._workers}.yaml"
-        config.write_text(yaml.safe_dump(_settings(self._bootstrap, self._port)))
+        config.write_text(yaml.safe_dump(_settings(self._bootstrap, self._port, self._options.overrides)))
         self._reading = Reading()
         self._worker = Worker(config, config.with_suffix(".log"))
-        self._worker_state = f"{state} (pid {self._worker.pid})"
+        self._say(f"{before}pid {self._worker.pid} is loading the model")
         return self._worker
 
     async def _kill_and_replace(self, topics: Topics) -> Killed:
@@ -239,14 +247,17 @@ class _Demo:
         ledger, old, answered = self._ledger, self._pid, self._ledger.answered
         await self._note_seconds()
         self.kill_worker()
-        new = self._start_worker(f"killed pid {old} with -9; the new worker is loading the model")
+        new = self._start_worker(f"killed pid {old} with -9; ")
         self._view.event(
             f"killed worker {old} with -9 after {answered:,} answers; worker {new.pid} is loading the model"
         )
         await topics.caught_up()  # with what the dead worker had written: the next answer is the new one's
         read = ledger.read
-        await self._until(lambda: ledger.read > read or ledger.answered >= len(ledger.sent))
-        self._worker_state = f"running (pid {new.pid}, the second)"
+        # If the dead one had written the last answer, there is none to wait for, but the new one must be up.
+        await self._until(
+            lambda: ledger.read > read or (ledger.answered >= len(ledger.sent) and bool(self._reading.fills))
+        )
+        self._say(f"pid {new.pid} runs, the second")
         return Killed(old, answered, new.pid)
 
     async def _end_worker(self) -> None:
@@ -254,13 +265,16 @@ class _Demo:
         worker = self._worker
         assert worker is not None
         await self._note_seconds()
-        self._worker_state = "draining"
+        self._say(f"pid {worker.pid} is draining")
         worker.terminate()
         while worker.exit_code is None:
             self._update()
             await asyncio.sleep(TICK_S)
         if worker.exit_code:
             raise _ended(worker)
+
+    def _say(self, state: str) -> None:
+        self._worker_state, self._worker_since = state, time.monotonic()
 
     def kill_worker(self) -> None:
         if self._worker is not None:
@@ -316,15 +330,17 @@ class _Demo:
                 answered=ledger.answered,
                 planned=self._planned,
                 rate=(ledger.answered - before) / (now - since) if now > since else 0.0,
-                worker=self._worker_state,
+                worker=f"{self._worker_state} ({now - self._worker_since:.0f} s)",
                 reading=self._reading,
                 newest=described(*ledger.newest) if ledger.newest is not None else "",
             )
         )
 
 
-def _settings(bootstrap: str, port: int) -> dict[str, object]:
-    return {
+def _settings(
+    bootstrap: str, port: int, overrides: Mapping[str, Mapping[str, object]]
+) -> dict[str, dict[str, object]]:
+    tree: dict[str, dict[str, object]] = {
         "kafka": {
             "bootstrap_servers": [bootstrap],
             "group_id": "demo",
@@ -336,9 +352,15 @@ def _settings(bootstrap: str, port: int) -> dict[str, object]:
         # Base64 is a quarter of the JSON numbers: all of it has to stay within the broker's few MB.
         "output": {"topic": OUTPUT, "encoding": "base64-f32"},
         "dead_letter": {"topic": DEAD_LETTERS},
+        # Less than the default, which would hold all of it at once: so one sees reading wait for the device,
+        # and answers come as steadily as they would from a long backlog.
+        "buffer": {"max_documents": BUFFERED},
         "model": {"id": f"package:{MODEL_PACKAGE}"},
         "telemetry": {"port": port, "log_format": "text"},
     }
+    for section, values in overrides.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    return tree
 
 
 def _question_names(questions: Sequence[str]) -> list[str]:

@@ -19,7 +19,9 @@ from rich.text import Text
 from inferstream.tools.demo_scrape import Reading
 
 LINE_EVERY_S = 5.0
-BAR_CELLS = 8
+BAR_CELLS = 16
+FRAME_S = 0.2
+STAGES = ("buffer", "prepare", "window", "device", "publish")  # shown before the worker tells of them
 SHOWN_NUMBERS = 4
 
 
@@ -96,10 +98,13 @@ class LiveView:
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._elapsed_s = 0.0
+        self._drawn_at = -FRAME_S
 
     def update(self, snapshot: Snapshot) -> None:
         self._elapsed_s = snapshot.elapsed_s
-        self._live.update(table(snapshot), refresh=True)
+        if self._elapsed_s - self._drawn_at >= FRAME_S:
+            self._drawn_at = self._elapsed_s
+            self._live.update(table(snapshot), refresh=True)
 
     def event(self, text: str) -> None:
         self._live.console.print(f"{self._elapsed_s:5.1f} s  {text}", markup=False)
@@ -139,15 +144,15 @@ def table(snapshot: Snapshot) -> Group:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()
     total = snapshot.planned or snapshot.sent
-    of = f"{snapshot.answered:,} of {total:,}" + ("" if snapshot.planned is not None else " or more")
-    grid.add_row(
-        "documents", _beside(ProgressBar(total=max(1, total), completed=snapshot.answered, width=40), of)
-    )
+    of = f"{snapshot.answered:,} of {total:,}" + ("" if snapshot.planned is not None else ", more to come")
+    bar = ProgressBar(total=max(1, total), completed=snapshot.answered, width=40)
+    grid.add_row("documents", _beside(bar, of if snapshot.sent else "reading docstrings"))
     grid.add_row("rate", f"{snapshot.rate:.0f} documents/s")
     grid.add_row("lag", f"{snapshot.lag:,} sent and not answered")
     reading = snapshot.reading
-    for stage, fill in reading.fills.items():
-        grid.add_row(f"  {stage}", _beside(_bar(fill), f"{fill:4.0%} full"))
+    for stage in reading.fills or STAGES:
+        fill = reading.fills.get(stage)
+        grid.add_row(f"  {stage}", _beside(_bar(fill or 0.0), "" if fill is None else f"{fill:4.0%} full"))
     grid.add_row("padding", "" if reading.padding is None else f"{reading.padding:.0%} of a batch")
     grid.add_row("device", "" if reading.busy is None else f"{reading.busy:.0%} busy")
     grid.add_row("worker", Text(snapshot.worker, style="yellow" if "killed" in snapshot.worker else ""))
@@ -163,9 +168,7 @@ def described(name: str, vector: np.ndarray) -> str:
 
 
 def _bar(fill: float) -> ProgressBar:
-    return ProgressBar(
-        total=1.0, completed=min(1.0, max(0.0, fill)), width=BAR_CELLS * 2, complete_style="green"
-    )
+    return ProgressBar(total=1.0, completed=min(1.0, max(0.0, fill)), width=BAR_CELLS, complete_style="green")
 
 
 def _beside(left: ProgressBar, right: str) -> Table:

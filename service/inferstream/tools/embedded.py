@@ -63,7 +63,9 @@ def _load() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise SettingsError(f"the embedded broker cannot load {path}: {error}; reinstall it: {INSTALL}") from error
+        raise SettingsError(
+            f"the embedded broker cannot load {path}: {error}; reinstall it: {INSTALL}"
+        ) from error
     pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
     signatures: dict[str, tuple[type | None, list[type]]] = {
         "rd_kafka_conf_new": (pointer, []),
