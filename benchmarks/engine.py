@@ -32,7 +32,7 @@ async def serve(options: dict[str, Any]) -> None:
     codec = Codec.from_settings(settings)
     model = load(settings, codec.embedding)
     engine = Engine(settings, model.task, model.device)
-    corpus = Corpus(json.loads(Path(options["texts"]).read_bytes()))
+    corpus = Corpus(options["corpus"])
     calibration = await engine.run(corpus.take(CALIBRATION))
     rate = calibration.documents_per_s
     count = int(min(options["most"], max(options["least"], rate * options["seconds"])))
@@ -67,4 +67,5 @@ def _say(answer: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(json.loads(sys.argv[1])))
+    given = json.loads(sys.argv[1])
+    asyncio.run(serve(given | {"corpus": json.loads(Path(given["texts"]).read_bytes())}))

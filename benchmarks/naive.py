@@ -49,8 +49,7 @@ async def serve(options: dict[str, Any]) -> None:
     )
     await consumer.start()
     await producer.start()
-    while not consumer.assignment():
-        await asyncio.sleep(0.1)
+    await assigned(consumer)
     print(json.dumps({"ready": True}), flush=True)
     while True:
         fetched = await consumer.getmany(timeout_ms=1000, max_records=options["max_records"])
@@ -68,6 +67,12 @@ async def serve(options: dict[str, Any]) -> None:
             )
         await asyncio.gather(*sent)
         await consumer.commit()
+
+
+async def assigned(consumer: AIOKafkaConsumer) -> None:
+    """Wait until the group has given partitions to this member."""
+    while not consumer.assignment():  # noqa: ASYNC110 - aiokafka tells a listener only, which is no shorter
+        await asyncio.sleep(0.1)
 
 
 if __name__ == "__main__":

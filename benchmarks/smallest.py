@@ -1,7 +1,7 @@
-"""The smallest aiokafka loop that could do what builtin:hash does.  ``python -m benchmarks.smallest JSON``.
+"""The smallest aiokafka loop that writes what builtin:hash writes.  ``python -m benchmarks.smallest JSON``.
 
-No validation, no headers, no dead letters, no order to keep, no bound on memory; one thread.  It writes the id
-and the same vector.  Prints ``{"ready": true}`` once the group has settled.
+The same result records, and nothing else: no validation, no dead letters, no order to keep, no bound on memory,
+one poll after the other in one thread.  Prints ``{"ready": true}`` once the group has settled.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import json
 import sys
 from typing import Any
 
+import numpy as np
 import orjson
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
+from benchmarks.naive import assigned
 from inferstream.tasks.hash import digest, hash_vectors
 
 BATCH_BYTES = 512 * 1024
+MODEL = {"id": "builtin:hash", "revision": "1", "dtype": "float32"}
 
 
 async def serve(options: dict[str, Any]) -> None:
@@ -36,8 +39,7 @@ async def serve(options: dict[str, Any]) -> None:
     )
     await consumer.start()
     await producer.start()
-    while not consumer.assignment():
-        await asyncio.sleep(0.1)
+    await assigned(consumer)
     print(json.dumps({"ready": True}), flush=True)
     while True:
         fetched = await consumer.getmany(timeout_ms=1000)
@@ -47,8 +49,7 @@ async def serve(options: dict[str, Any]) -> None:
             vectors = hash_vectors([digest(document["text"]) for document in documents])
             batch = producer.create_batch()
             for record, document, vector in zip(records, documents, vectors, strict=True):
-                result = {"id": document["id"], "embedding": vector}
-                value = orjson.dumps(result, option=orjson.OPT_SERIALIZE_NUMPY)
+                value = orjson.dumps(result(record, document, vector), option=orjson.OPT_SERIALIZE_NUMPY)
                 if batch.append(timestamp=None, key=record.key, value=value) is None:
                     batch.close()
                     sent.append(
@@ -61,6 +62,22 @@ async def serve(options: dict[str, Any]) -> None:
         await asyncio.gather(*sent)
         if sent:
             await consumer.commit()
+
+
+def result(record: Any, document: dict[str, Any], vector: np.ndarray) -> dict[str, Any]:
+    return {
+        "id": document["id"],
+        "task": "embed",
+        "model": MODEL,
+        "output": {"embedding": vector, "dimensions": len(vector)},
+        "usage": {"tokens": len(document["text"]) // 4 + 1, "truncated": False, "chunks": 1},
+        "source": {
+            "topic": record.topic,
+            "partition": record.partition,
+            "offset": record.offset,
+            "timestamp_ms": record.timestamp,
+        },
+    }
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A worker as `inferstream run` starts it, with a look inside.  ``python -m benchmarks.worker JSON``.
 
-For what cannot be seen from outside: how long batches took, what each thread's CPU time was, whether the device
-idled, and (``paced``) with a device that stands in for a faster one.  Prints for SIGUSR1 ``{"mark": true}``, and what was before does not count; for SIGUSR2 what it has seen, and
-drains.
+For what cannot be seen from outside: how long batches took, the CPU time of stages and threads, whether the
+device idled, and (``paced``) with a device that stands in for a faster one.  SIGUSR1 marks the beginning of what
+counts; SIGUSR2 prints what was seen since, as a line of JSON, and drains.
 """
 
 from __future__ import annotations

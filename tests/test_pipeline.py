@@ -48,10 +48,12 @@ class HandSink:
     waiting: list[tuple[Slot, Outgoing]] = field(default_factory=list)
     queued: int = 0
 
-    def send(self, slot: Slot, outgoing: Outgoing) -> None:
-        self.sent.append((slot, outgoing))
-        self.waiting.append((slot, outgoing))
-        if self.automatic:
+    def send(self, lane: Lane, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            assert slot.lane is lane and slot.outcome is not None
+            self.sent.append((slot, slot.outcome))
+            self.waiting.append((slot, slot.outcome))
+        if self.automatic and slots:
             asyncio.get_running_loop().call_soon(self.acknowledge)
 
     def acknowledge(self) -> None:

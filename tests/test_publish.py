@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.errors import MessageSizeTooLargeError, OutOfOrderSequenceNumber
 from aiokafka.partitioner import murmur2
 
 import inferstream.tools.publish as publishing
 from inferstream.errors import Incomplete, KafkaRefused, SettingsError
-from inferstream.kafka.connection import TopicFacts
 from inferstream.settings import Settings, load_settings
 from inferstream.tools.embedded import EmbeddedBroker
 from inferstream.tools.publish import Bad, Chunk, Counts, Good, Options, Reader, in_thread, publish
@@ -269,15 +269,37 @@ async def test_publish_when_the_broker_goes_away_for_good_then_the_rest_is_count
     monkeypatch.setattr(publishing.Outbox, "start", start_and_lose_the_broker)
     counts = Counts()
     one = settings(broker.bootstrap, kafka__connect_timeout_s=1)
-    # The topic is known already, so that only the sending is left to fail.
-    monkeypatch.setattr(publishing, "_facts", lambda *_: _known())
     with pytest.raises(Incomplete, match="acknowledged nothing"):
         await publish(one, Options((str(path),), TOPIC), counts)
     assert (counts.accepted, counts.lost) == (0, 50)
 
 
-async def _known() -> TopicFacts:
-    return TopicFacts(PARTITIONS, 1)
+async def test_publish_when_a_record_is_refused_then_the_rest_still_arrives_once_and_in_order(
+    broker: EmbeddedBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a real broker does with a record that is too large: refused, and its successors out of sequence."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"id": n, "text": "text"}) + "\n" for n in range(200)))
+    hand_over = publishing.Outbox._handed_over
+    producers: set[int] = set()
+
+    async def refuse(self: publishing.Outbox, record: Good, partition: int) -> asyncio.Future[Any]:
+        broken = id(self._producer) in producers
+        if json.loads(record.value)["id"] == 50 or broken:
+            producers.add(id(self._producer))
+            refused: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            refused.set_exception(OutOfOrderSequenceNumber() if broken else MessageSizeTooLargeError())
+            return refused
+        return await hand_over(self, record, partition)
+
+    monkeypatch.setattr(publishing.Outbox, "_handed_over", refuse)
+    counts = Counts()
+    await publish(settings(broker.bootstrap), Options((str(path),), TOPIC), counts)
+    assert (counts.accepted, counts.lost) == (199, 1)
+    assert counts.problems[0].startswith(f"{path}:51: not_accepted: ")
+    ids = [(record.partition, json.loads(record.value)["id"]) for record in await sent(broker)]
+    assert ids == sorted(ids)
+    assert sorted(n for _, n in ids) == [n for n in range(200) if n != 50]
 
 
 async def test_publish_when_a_chunk_is_slow_to_come_then_the_ones_before_are_not_held_back() -> None:

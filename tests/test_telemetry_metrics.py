@@ -91,9 +91,9 @@ def test_published_when_records_are_acknowledged_then_each_kind_has_its_counter(
     metrics = Metrics()
     rejected = Rejected(Reason.TOO_LONG, "too long", Stage.PREPARE)
 
-    metrics.published(Outgoing(Kind.RESULT, None, b"{}", ()))
-    metrics.published(Outgoing(Kind.TOMBSTONE, b"k", None, ()))
-    metrics.published(Outgoing(Kind.DEAD_LETTER, None, b"x", (), rejected))
+    metrics.published([Outgoing(Kind.RESULT, None, b"{}", ())])
+    metrics.published([Outgoing(Kind.TOMBSTONE, b"k", None, ())])
+    metrics.published([Outgoing(Kind.DEAD_LETTER, None, b"x", (), rejected)])
 
     assert sample(metrics, "results_produced_total") == 1
     assert sample(metrics, "tombstones_total") == 1

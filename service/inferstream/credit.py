@@ -45,6 +45,11 @@ K = TypeVar("K", bound=Hashable)
 _SMOOTHING: Final = 1 / 64
 
 
+def _forget(count: int) -> float:
+    """How much of a recent mean ``count`` further records replace."""
+    return _SMOOTHING if count == 1 else 1.0 - (1.0 - _SMOOTHING) ** count
+
+
 class _Account:
     """What one lane holds."""
 
@@ -136,20 +141,20 @@ class Credit(Generic[K]):
 
     # -- records -------------------------------------------------------------------------------------------
 
-    def take(self, key: K, weight: int) -> None:
-        """Charge a record that was polled, ``weight`` bytes.  Never refuses: it is in memory already.
+    def take(self, key: K, weight: int, count: int = 1) -> None:
+        """Charge ``count`` records that were polled, ``weight`` bytes in all.
 
-        KeyError if the lane is not open.
+        Never refuses: they are in memory already.  KeyError if the lane is not open.
         """
         account = self._lanes[key]
-        account.documents += 1
+        account.documents += count
         account.bytes += weight
-        self.documents += 1
+        self.documents += count
         self.bytes += weight
-        self._taken_mean += (weight - self._taken_mean) * _SMOOTHING
+        self._taken_mean += (weight / count - self._taken_mean) * _forget(count)
 
-    def reweigh(self, key: K, old: int, new: int, tokens: int = 0) -> None:
-        """Change a held record's weight from ``old`` to ``new`` bytes and add to its tokens."""
+    def reweigh(self, key: K, old: int, new: int, tokens: int = 0, count: int = 1) -> None:
+        """Change the weight of ``count`` held records from ``old`` to ``new`` bytes and add to their tokens."""
         account = self._lanes.get(key)
         if account is None:
             return
@@ -159,20 +164,20 @@ class Credit(Generic[K]):
             account.tokens += tokens
             self.tokens += tokens
             if tokens > 0:
-                self._tokens_mean += (tokens - self._tokens_mean) * _SMOOTHING
+                self._tokens_mean += (tokens / count - self._tokens_mean) * _forget(count)
 
-    def give(self, key: K, weight: int, tokens: int = 0) -> None:
-        """Give back a held record's credit, as last weighed."""
+    def give(self, key: K, weight: int, tokens: int = 0, count: int = 1) -> None:
+        """Give back the credit of ``count`` held records, as last weighed in all."""
         account = self._lanes.get(key)
         if account is None:
             return
-        account.documents -= 1
+        account.documents -= count
         account.bytes -= weight
         account.tokens -= tokens
-        self.documents -= 1
+        self.documents -= count
         self.bytes -= weight
         self.tokens -= tokens
-        self._given_mean += (weight - self._given_mean) * _SMOOTHING
+        self._given_mean += (weight / count - self._given_mean) * _forget(count)
 
     # -- what may be polled --------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ types and back lives in :mod:`inferstream.codec`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -117,7 +117,8 @@ class Kind(StrEnum):
 class Outgoing:
     """A record for the output topic (result, tombstone) or the dead-letter topic, ready to be sent.
 
-    ``rejected`` is set on dead letters only.
+    ``rejected`` is set on dead letters only.  ``size`` is an upper bound of the bytes the record takes in an
+    uncompressed batch (v2 record format); worked out here, once, because the event loop asks for it often.
     """
 
     kind: Kind
@@ -125,11 +126,10 @@ class Outgoing:
     value: bytes | None
     headers: Headers
     rejected: Rejected | None = None
+    size: int = field(init=False, compare=False)
 
-    @property
-    def size(self) -> int:
-        """An upper bound of the bytes this record takes in an uncompressed batch (v2 record format)."""
+    def __post_init__(self) -> None:
         size = 21 + len(self.key or b"") + len(self.value or b"")
         for name, value in self.headers:
             size += 10 + 3 * len(name) + len(value or b"")
-        return size
+        object.__setattr__(self, "size", size)

@@ -131,10 +131,10 @@ class Pipeline:
     def admit(self, lane: Lane, records: Sequence[Any]) -> None:
         """Give each record a slot and send chunks of them to be prepared."""
         chunk: list[Slot] = []
-        size = 0
+        size = total = 0
         for record in records:
             weight = RECORD_OVERHEAD + len(record.value or b"") + len(record.key or b"")
-            self.credit.take(lane, weight)
+            total += weight
             slot = lane.admit(record, weight)
             if chunk and (len(chunk) == CHUNK_RECORDS or size + weight > CHUNK_BYTES):
                 self.workers.submit(PREPARE, self._prepare, chunk, self._prepared)
@@ -143,6 +143,7 @@ class Pipeline:
             size += weight
         if chunk:
             self.workers.submit(PREPARE, self._prepare, chunk, self._prepared)
+        self.credit.take(lane, total, len(records))
         self.unprepared += len(records)
         self._metrics.records_consumed(lane.topic, len(records))
         now_ms = time.time() * 1000
@@ -189,18 +190,29 @@ class Pipeline:
     def _prepared(self, answers: list[tuple[Slot, Prepared | Outgoing]]) -> None:
         now = time.monotonic()
         self.unprepared -= len(answers)
-        completed: set[Lane] = set()
+        rejected: list[tuple[Slot, Outgoing]] = []
+        gained = tokens = count = 0  # a chunk is of one lane, so its credit is changed once
+        add = self.window.add
         for slot, answer in answers:
             if slot.state == DROPPED:
                 continue
             if isinstance(answer, Outgoing):
-                self._complete(slot, answer, completed)
+                rejected.append((slot, answer))
                 continue
-            self._reweigh(slot, answer.weight, answer.tokens)
             job = Job(slot, answer)
             for index, (chunk, length) in enumerate(zip(answer.chunks, answer.lengths, strict=True)):
-                self.window.add(Item(job, index, length, now, chunk))
-        self._release(completed)
+                add(Item(job, index, length, now, chunk))
+                slot.tokens += length
+            weight = RECORD_OVERHEAD + answer.weight
+            if weight > slot.weight:
+                gained += weight - slot.weight
+                slot.weight = weight
+            tokens += slot.tokens
+            count += 1
+        if count:
+            self.credit.reweigh(answers[0][0].lane, 0, gained, tokens, count)
+        if rejected:
+            self._finished(rejected)
         self._dispatch()
 
     # ---- batches
@@ -276,10 +288,9 @@ class Pipeline:
                 f"the model raised {type(error).__name__} on this document alone",
                 Stage.DEVICE,
             )
-        completed: set[Lane] = set()
-        self._complete(slot, self._codec.dead_letter(slot.record, rejected), completed)
-        self.window.discard(lambda other: other.owner is job)
-        self._release(completed)
+        if len(job.rows) > 1:
+            self.window.discard(lambda other: other.owner is job)
+        self._finished([(slot, self._codec.dead_letter(slot.record, rejected))])
 
     def out_of_memory(self, items: Sequence[Item]) -> None:
         lowered = max(1, min(self.window.max_tokens, len(items) * max(item.length for item in items)) // 2)
@@ -310,25 +321,26 @@ class Pipeline:
         return self._codec.dead_letter(record, result) if isinstance(result, Rejected) else result
 
     def _finished(self, answers: list[tuple[Slot, Outgoing]]) -> None:
-        completed: set[Lane] = set()
+        changed: dict[Lane, list[int]] = {}
         for slot, outgoing in answers:
-            if slot.state != DROPPED:
-                self._complete(slot, outgoing, completed)
-        self._release(completed)
+            lane = slot.lane
+            if not lane.complete(slot, outgoing):
+                continue  # dropped
+            change = changed.get(lane)
+            if change is None:
+                change = changed[lane] = [0, 0]
+            # A slot weighs the most it has held: the record, its prepared form or its result.
+            weight = RECORD_OVERHEAD + outgoing.size
+            if weight > slot.weight:
+                change[0] += weight - slot.weight
+                slot.weight = weight
+            change[1] += slot.tokens
+            slot.tokens = 0
+        for lane, (gained, tokens) in changed.items():
+            self.credit.reweigh(lane, 0, gained, -tokens)
+        self._release(changed)
 
     # ---- release and settle
-
-    def _complete(self, slot: Slot, outgoing: Outgoing, completed: set[Lane]) -> None:
-        self._reweigh(slot, outgoing.size, -slot.tokens)
-        if slot.lane.complete(slot, outgoing):
-            completed.add(slot.lane)
-
-    def _reweigh(self, slot: Slot, held: int, tokens: int) -> None:
-        """A slot weighs the most it has held: the record, its prepared form or its result."""
-        weight = max(slot.weight, RECORD_OVERHEAD + held)
-        self.credit.reweigh(slot.lane, slot.weight, weight, tokens)
-        slot.weight = weight
-        slot.tokens += tokens
 
     def _release(self, lanes: Iterable[Lane]) -> None:
         """Send what is complete, up to each lane's share of ``delivery.max_uncommitted_documents``."""
@@ -340,21 +352,29 @@ class Pipeline:
                 continue  # dropped
             room = share - (lane.settled - self._committed[lane])
             if room > 0:
-                for slot in lane.release(room):
-                    assert slot.outcome is not None
-                    sink.send(slot, slot.outcome)
+                sink.send(lane, lane.release(room))
             if 2 * (lane.released - self._committed[lane]) >= share:
                 self.commit_due.set()
 
     def acknowledged(self, entries: list[tuple[Slot, Outgoing]]) -> None:
         now_ms = time.time() * 1000
-        timestamp = now_ms
-        for slot, outgoing in entries:
-            self._metrics.published(outgoing)
-            timestamp = slot.record.timestamp if slot.state != DROPPED else timestamp
-            if slot.lane.acknowledge(slot):
-                self.credit.give(slot.lane, slot.weight, slot.tokens)
-        self._metrics.end_to_end((now_ms - timestamp) / 1000)
+        ages: list[float] = []
+        given: dict[Lane, list[int]] = {}
+        for slot, _ in entries:
+            if slot.state == DROPPED:
+                continue
+            ages.append((now_ms - slot.record.timestamp) / 1000)
+            lane = slot.lane
+            lane.acknowledge(slot)
+            back = given.get(lane)
+            if back is None:
+                back = given[lane] = [0, 0]
+            back[0] += slot.weight
+            back[1] += 1
+        for lane, (weight, count) in given.items():
+            self.credit.give(lane, weight, 0, count)
+        self._metrics.published(outgoing for _, outgoing in entries)
+        self._metrics.end_to_end(ages)
         self.last_progress = time.monotonic()
         self._credit_freed.set()
         self._moved.set()

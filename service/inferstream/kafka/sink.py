@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from aiokafka.partitioner import murmur2
 
 from inferstream.documents import Kind, Outgoing
 from inferstream.errors import KafkaRefused
-from inferstream.lanes import DROPPED, Slot
+from inferstream.lanes import DROPPED, Lane, Slot
 
 log = logging.getLogger(__name__)
 
@@ -203,15 +203,29 @@ class Sink:
         await asyncio.gather(*tasks, return_exceptions=True)
         await _stop_producer(self.producer, timeout_s)
 
-    def send(self, slot: Slot, outgoing: Outgoing) -> None:
-        """Queue a record behind what its partition was given before."""
+    def send(self, lane: Lane, slots: Sequence[Slot]) -> None:
+        """Queue a lane's released run, each record behind what its partition was given before."""
+        # Usually all results of a lane go to the partition of its number.
+        aligned = self._input_partitions.get(lane.topic) == self._output.partitions
+        own = self._sender(self._output, lane.partition) if aligned else None
+        for slot in slots:
+            outgoing = slot.outcome
+            assert outgoing is not None  # it was released
+            if own is not None and outgoing.kind is not Kind.DEAD_LETTER:
+                own.put(slot, outgoing)
+            else:
+                self._queue(slot, outgoing)
+
+    def _queue(self, slot: Slot, outgoing: Outgoing) -> None:
         topic = self._dead_letters if outgoing.kind is Kind.DEAD_LETTER else self._output
-        partition = self._partition(slot, outgoing, topic)
+        self._sender(topic, self._partition(slot.lane, outgoing, topic)).put(slot, outgoing)
+
+    def _sender(self, topic: OutputTopic, partition: int) -> _Sender:
         sender = self._senders.get((topic.name, partition))
         if sender is None:
             sender = self._senders[topic.name, partition] = _Sender(self, topic, partition)
             sender.task.add_done_callback(self._ended)
-        sender.put(slot, outgoing)
+        return sender
 
     def forget_dropped(self) -> None:
         for sender in self._senders.values():
@@ -238,7 +252,7 @@ class Sink:
 
     def reroute(self, slot: Slot, outgoing: Outgoing, error: KafkaError) -> None:
         if slot.state != DROPPED:
-            self.send(slot, self._acknowledgements.refused(slot, outgoing, error))
+            self._queue(slot, self._acknowledgements.refused(slot, outgoing, error))
 
     def count_refusal(self, error: KafkaError, where: str) -> None:
         """End the process when a missing right or topic has lasted for too long."""
@@ -281,13 +295,12 @@ class Sink:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._failed(error)
 
-    def _partition(self, slot: Slot, outgoing: Outgoing, topic: OutputTopic) -> int:
-        lane = slot.lane
+    def _partition(self, lane: Lane, outgoing: Outgoing, topic: OutputTopic) -> int:
         if self._input_partitions.get(lane.topic) == topic.partitions:
-            return int(lane.partition)
+            return lane.partition
         if outgoing.key is not None:
             return int((murmur2(outgoing.key) & 0x7FFFFFFF) % topic.partitions)
-        return int(lane.partition % topic.partitions)
+        return lane.partition % topic.partitions
 
 
 async def _stop_producer(producer: AIOKafkaProducer, timeout_s: float) -> None:

@@ -229,18 +229,22 @@ class Metrics:
         """The ages of records that were just read, in seconds."""
         self._record_age.labels().observe_many(ages_s)
 
-    def published(self, outgoing: Outgoing) -> None:
-        """The broker acknowledged a record of ours."""
-        if outgoing.kind is Kind.RESULT:
-            self._produced_inc()
-        elif outgoing.kind is Kind.TOMBSTONE:
-            self._tombstones_inc()
-        elif outgoing.rejected is not None:
-            self._dead_letters.labels(outgoing.rejected.reason.value, outgoing.rejected.stage.value).inc()
+    def published(self, outgoings: Iterable[Outgoing]) -> None:
+        """The broker acknowledged records of ours."""
+        results = 0
+        for outgoing in outgoings:
+            if outgoing.kind is Kind.RESULT:
+                results += 1
+            elif outgoing.kind is Kind.TOMBSTONE:
+                self._tombstones_inc()
+            elif outgoing.rejected is not None:
+                self._dead_letters.labels(outgoing.rejected.reason.value, outgoing.rejected.stage.value).inc()
+        if results:
+            self._produced_inc(results)
 
-    def end_to_end(self, seconds: float, count: int = 1) -> None:
-        """``count`` records were answered that long after their timestamps."""
-        self._end_to_end.labels().observe(seconds, count)
+    def end_to_end(self, ages_s: Iterable[float]) -> None:
+        """Records were answered that long after their timestamps, in seconds."""
+        self._end_to_end.labels().observe_many(ages_s)
 
     def stage_seconds(self, stage: str, seconds: float) -> None:
         """A stage worked that long on one piece of work."""

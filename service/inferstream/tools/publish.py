@@ -14,7 +14,6 @@ import contextlib
 import functools
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -48,6 +47,9 @@ LARGEST_BATCH = 256 * 1024
 SMALLEST_BATCH = 16 * 1024
 NO_LIMIT = 1 << 30
 SHOWN_PROBLEMS = 10
+STALL_STEP_S = (
+    0.2  # the stall is put off in steps: once per acknowledgement would cost as much as the sending
+)
 STOP_TIMEOUT_S = 5.0
 STDIN = "-"
 TOO_LARGE = "too_large"  # refused here for the topic's limit, not by the schema
@@ -143,16 +145,27 @@ async def publish(settings: Settings, options: Options, counts: Counts) -> None:
     reader.limit = facts.max_message_bytes
     reader.needs_key = facts.cleanup_policy is not None and "compact" in facts.cleanup_policy
     outbox = Outbox(settings, options.topic, facts, counts)
+    stall_s = settings.kafka.connect_timeout_s
+    stall = asyncio.timeout(None)
     try:
         await outbox.start()
-        async for chunk in in_thread(reader.chunks()):
-            for item in chunk.items:
-                if isinstance(item, Bad):
-                    counts.refuse(item)
-                else:
-                    await outbox.send(item)
-            counts.read_bytes += chunk.bytes
-        await outbox.drain()
+        async with stall:
+            outbox.watch(stall, stall_s)
+            async for chunk in in_thread(reader.chunks()):
+                for item in chunk.items:
+                    if isinstance(item, Bad):
+                        counts.refuse(item)
+                    else:
+                        await outbox.send(item)
+                counts.read_bytes += chunk.bytes
+            await outbox.drain()
+    except TimeoutError:
+        if not stall.expired():
+            raise
+        outbox.give_up()
+        raise Incomplete(
+            f"the brokers acknowledged nothing for {stall_s:g} s (kafka.connect_timeout_s): given up"
+        ) from None
     finally:
         await outbox.stop()
 
@@ -494,7 +507,8 @@ class Outbox:
         share = MAX_UNACKNOWLEDGED_BYTES // (2 * facts.partitions)
         limit = facts.max_message_bytes or LARGEST_BATCH
         self._batch_bytes = min(limit, max(SMALLEST_BATCH, min(LARGEST_BATCH, share)))
-        self._stall_s = settings.kafka.connect_timeout_s
+        self._stall: asyncio.Timeout | None = None
+        self._stall_s = 0.0
         self._producer: AIOKafkaProducer | None = None
         self._waiting: dict[int, tuple[Good, int]] = {}  # number → record and partition, unacknowledged
         self._failed: dict[int, BaseException] = {}
@@ -514,16 +528,27 @@ class Outbox:
             linger_ms=5,
         )
         self._producer = producer
-        await start_with_retry(self._kafka, producer.start, self._kafka.connect_timeout_s)
+
+        async def start() -> None:
+            await producer.start()
+            await producer.partitions_for(self._topic)  # else the first send would wait for it
+
+        await start_with_retry(self._kafka, start, self._kafka.connect_timeout_s)
+
+    def watch(self, stall: asyncio.Timeout, stall_s: float) -> None:
+        """Let ``stall`` expire once something is unacknowledged and nothing has moved for ``stall_s``."""
+        self._stall, self._stall_s = stall, stall_s
+
+    def give_up(self) -> None:
+        """Count what is unacknowledged as lost."""
+        for record, _ in self._waiting.values():
+            self._counts.lose(record.where, "not acknowledged in time; it may or may not have arrived")
+        self._waiting.clear()
 
     async def send(self, record: Good) -> None:
         """Hand the record over, after waiting for room."""
-        while len(self._waiting) >= MAX_UNACKNOWLEDGED or (
-            self._waiting and self._bytes + len(record.value) > MAX_UNACKNOWLEDGED_BYTES
-        ):
+        while self._failed or self._is_full(len(record.value)):
             await self._progress()
-        if self._failed:
-            await self._recover()
         if record.key is not None:
             partition = (murmur2(record.key) & 0x7FFFFFFF) % self._partitions
         else:
@@ -531,11 +556,13 @@ class Outbox:
             self._next_partition = (partition + 1) % self._partitions
         number = self._number
         self._number += 1
+        if not self._waiting:
+            self._moves()
         self._waiting[number] = record, partition
         self._bytes += len(record.value)
         try:
             future = await self._handed_over(record, partition)
-        except (KafkaError, TimeoutError) as error:
+        except KafkaError as error:
             self._failed[number] = error
             return
         future.add_done_callback(functools.partial(self._acknowledged, number))
@@ -543,10 +570,7 @@ class Outbox:
     async def drain(self) -> None:
         """Wait until every record is acknowledged or lost."""
         while self._waiting:
-            if self._failed:
-                await self._recover()
-            else:
-                await self._progress()
+            await self._progress()
 
     async def stop(self) -> None:
         producer, self._producer = self._producer, None
@@ -578,42 +602,47 @@ class Outbox:
     def _settle(self, number: int) -> None:
         record, _ = self._waiting.pop(number)
         self._bytes -= len(record.value)
+        self._moves()
+
+    def _moves(self) -> None:
+        """Put the stall off; without anything to wait for there is none."""
+        if self._stall is None:
+            return
+        if not self._waiting:
+            self._stall.reschedule(None)
+            return
+        when, wanted = self._stall.when(), asyncio.get_running_loop().time() + self._stall_s
+        if when is None or wanted - when > STALL_STEP_S:
+            self._stall.reschedule(wanted)
+
+    def _is_full(self, size: int) -> bool:
+        if len(self._waiting) >= MAX_UNACKNOWLEDGED:
+            return True
+        return bool(self._waiting) and self._bytes + size > MAX_UNACKNOWLEDGED_BYTES
 
     async def _progress(self) -> None:
-        """Until an answer comes; gives up on all that waits when none has come for ``connect_timeout_s``."""
+        """Until an answer comes; what was refused is seen to."""
         if self._failed:
             await self._recover()
             return
         self._moved.clear()
-        try:
-            async with asyncio.timeout(self._stall_s):
-                await self._moved.wait()
-        except TimeoutError:
-            for record, _ in self._waiting.values():
-                self._counts.lose(record.where, "not acknowledged in time; it may or may not have arrived")
-            raise Incomplete(
-                f"the brokers acknowledged nothing for {self._stall_s:g} s (kafka.connect_timeout_s): given up"
-            ) from None
+        await self._moved.wait()
 
     async def _recover(self) -> None:
         """Take a new producer and send what is left one by one."""
         self._refused_for_good(self._failed.values())
-        deadline = time.monotonic() + self._stall_s
-        while len(self._failed) < len(self._waiting) and time.monotonic() < deadline:
+        while len(self._failed) < len(self._waiting):  # healthy partitions are still answering
             self._moved.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):  # healthy partitions are still answering
-                    await self._moved.wait()
+            await self._moved.wait()
         await self._replace_producer()
         self._failed.clear()
         for number in sorted(self._waiting):
             record, partition = self._waiting[number]
             try:
-                async with asyncio.timeout(self._stall_s):
-                    await (await self._handed_over(record, partition))
-            except (KafkaError, TimeoutError) as error:
+                await (await self._handed_over(record, partition))
+            except KafkaError as error:
                 self._refused_for_good([error])
-                self._counts.lose(record.where, f"{type(error).__name__}: {' '.join(str(error).split())}")
+                self._counts.lose(record.where, " ".join(str(error).split()) or type(error).__name__)
                 await self._replace_producer()
             else:
                 self._counts.accepted += 1
