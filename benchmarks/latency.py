@@ -67,9 +67,9 @@ async def run(arena: Arena, scale: Scale, peak: float) -> Section:
     section.text += [
         table(head, [model.row("all-MiniLM-L6-v2, float32"), pipe.row("builtin:hash")]),
         f"Poisson arrivals at {number(rate)} documents/s, {LOAD:.0%} of the peak of {number(peak)}. The bound is "
-        f"linger ({LINGER_MS:g} ms) + 2 × p99 of a batch on the device ({number(batch_ms)} ms) + p99 of builtin:hash under "
-        f"the same arrivals ({number(pipe_ms)} ms): a document that finds the device busy waits for one batch and then "
-        "is in one.",
+        f"linger ({LINGER_MS:g} ms) + 2 × p99 of a batch on the device ({number(batch_ms)} ms) + p99 of builtin:hash "
+        f"under the same arrivals ({number(pipe_ms)} ms): a document that finds the device busy waits for one batch "
+        "and then is in one.",
     ]
     section.data = {
         "rate": rate,

@@ -36,12 +36,12 @@ FULL = Scale(
 )
 SHORT = Scale(
     rounds=3,
-    round_s=2.5,
-    least_documents=300,
+    round_s=2.0,
+    least_documents=200,
     bfloat16=False,
-    pipe_documents=60_000,
+    pipe_documents=40_000,
     paced_documents=60_000,
     latency_documents=500,
-    latency_pipe_documents=300,
+    latency_pipe_documents=200,
     profile_documents=30_000,
 )

@@ -39,8 +39,8 @@ class Load(RuleBasedStateMachine):
         documents=st.integers(1, 16),
         size=st.integers(1, 400) | st.just(10**6),
         tokens=st.integers(1, 100) | st.just(10**6),
-        share=st.sampled_from([0.1, 0.5, 1.0]),
-        fetch=st.integers(1, 200),
+        share=st.sampled_from([0.2, 0.6, 1.0]),
+        fetch=st.integers(1, 200) | st.just(10**5),
         partitions=st.integers(1, 4),
     )
     def start(

@@ -203,3 +203,32 @@ async def test_dead_letter_when_larger_than_its_topic_takes_then_it_stops_or_is_
     assert headers["inferstream.error.reason"] == b"invalid_json"
     assert any(value == b"20000" for value in headers.values())
     assert len(await kafka.read_all(target)) == 2
+
+
+@pytest.mark.timeout(90)
+async def test_batch_when_the_broker_refuses_it_then_it_is_split_and_only_the_refused_record_is_a_dead_letter(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source = await kafka.create_topic(kafka.unique("split-in"), 1)
+    target = await kafka.create_topic(kafka.unique("split-out"), 1, {"max.message.bytes": "4096"})
+    await kafka.create_topic(f"{target}.dead-letters", 1, {"max.message.bytes": str(2 * MIB)})
+    group = kafka.unique("split-group")
+    chance = random.Random(11)
+
+    def noise(size: int) -> str:
+        return "".join(chance.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=size))
+
+    sizes = [1500] * 12 + [9000] + [1500] * 12
+    values = [orjson.dumps({"id": n, "text": "z", "metadata": noise(size)}) for n, size in enumerate(sizes)]
+    await kafka.produce(source, [(None, value, (), 0) for value in values])
+    # A limit set by hand, and wrong: batches are made for a megabyte, and the broker is the one who refuses.
+    changes = {"output": {"max_message_bytes": MIB}}
+    worker = launch(settings(kafka.bootstrap, source, target, group, changes))
+    await until(lambda: caught_up(kafka, group, source), 60, "all to be answered")
+    worker.terminate()
+    assert await worker.ended(30) == 0, worker.stderr_text()[-3000:]
+    results = [orjson.loads(record.value)["source"]["offset"] for record in await kafka.read_all(target)]
+    assert results == [n for n in range(25) if n != 12]
+    [letter] = await kafka.read_all(f"{target}.dead-letters")
+    assert dict(letter.headers)["inferstream.error.reason"] == b"record_refused"
+    assert letter.value == values[12]

@@ -134,8 +134,8 @@ def _lines(settings: Settings, model: Loaded, results: list[Measured]) -> list[s
     whole = sum(stages.values()) or 1.0
     lines = [
         f"model        {info.id} ({info.revision}), {info.dtype}, {model.dimensions} dimensions",
-        f"device       {model.device.name}, batches at once {model.device.lanes}, prepare threads {settings.prepare.threads}, "
-        f"batches of at most {settings.batch.max_tokens:,} tokens",
+        f"device       {model.device.name}; batches side by side: {model.device.lanes}, of at most "
+        f"{settings.batch.max_tokens:,} tokens; prepare threads: {settings.prepare.threads}",
         f"documents    {typical.documents_per_s:,.0f}/s  (slowest {ordered[0].documents_per_s:,.0f}, fastest "
         f"{ordered[-1].documents_per_s:,.0f})",
         f"tokens       {typical.tokens_per_s:,.0f}/s, {typical.tokens / max(1, typical.documents):.0f} a document",

@@ -39,7 +39,6 @@ class Selection:
     from_beginning: bool = False
     max_records: int | None = None
     timeout_s: float | None = None
-    committed_only: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ async def consume(
         group_id=None,
         enable_auto_commit=False,
         auto_offset_reset="earliest",  # what retention deletes while we read is skipped
-        isolation_level="read_committed" if selection.committed_only else "read_uncommitted",
+        isolation_level="read_committed",
         fetch_max_wait_ms=100,
     )
     written = 0

@@ -556,9 +556,9 @@ class Outbox:
             self._next_partition = (partition + 1) % self._partitions
         number = self._number
         self._number += 1
-        if not self._waiting:
-            self._moves()
         self._waiting[number] = record, partition
+        if len(self._waiting) == 1:
+            self._moves()
         self._bytes += len(record.value)
         try:
             future = await self._handed_over(record, partition)
