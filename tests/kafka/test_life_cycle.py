@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from tests.kafka.test_killed_in_the_middle import (
 from tests.support.broker import Broker
 from tests.support.client import Kafka
 from tests.support.judge import judge
-from tests.support.worker import Worker, settings
+from tests.support.worker import ROOT, Worker, settings
 
 
 def assert_one_line(worker: Worker, *words: str) -> None:
@@ -263,3 +266,30 @@ async def test_sigterm_when_the_broker_is_away_then_exits_6_within_the_deadline(
     worker.terminate()
     assert await worker.ended(40) == 6, worker.stderr_text()[-2000:]
     assert_one_line(worker, "delivery.drain_timeout_s")
+
+
+async def test_config_check_when_it_connects_then_it_tells_topics_group_and_model(kafka: Kafka) -> None:
+    source, target, group = await make_topics(kafka, "check", 4)
+    flags = [
+        f"--kafka.bootstrap-servers={kafka.bootstrap}",
+        f"--kafka.group-id={group}",
+        f"--input.topics={source}",
+        f"--output.topic={target}",
+        "--model.id=builtin:hash",
+    ]
+    done = await inferstream("config", "check", "--connect", *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"input.topics {source}: 4 partitions" in done.stdout
+    assert "model.id builtin:hash: revision 1, float32, 8 dimensions" in done.stdout
+    assert done.stdout.endswith("ok\n")
+
+    done = await inferstream("config", "check", "--connect", *flags, "--dead-letter.topic=not-there")
+    assert done.returncode == 3 and "not-there" in done.stderr and "Traceback" not in done.stderr
+
+
+async def inferstream(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does."""
+    command = [sys.executable, "-m", "inferstream", *arguments]
+    return await asyncio.to_thread(
+        subprocess.run, command, capture_output=True, text=True, cwd=ROOT / "service", timeout=60
+    )

@@ -109,7 +109,7 @@ def check_command(
     ctx: typer.Context,
     config: ConfigFiles = None,
     connect: Annotated[
-        bool, typer.Option("--connect", help="Also ask Kafka: topics, their limits, this worker's rights.")
+        bool, typer.Option("--connect", help="Also ask Kafka (topics, limits, the group) and load the model.")
     ] = False,
 ) -> None:
     """Check all settings as `run` does, and end with `ok` or with one line for each mistake (exit 2).
@@ -122,7 +122,20 @@ def check_command(
 
         for finding in asyncio.run(check(settings)):
             typer.echo(finding)
+        typer.echo(_model(settings))
     typer.echo("ok")
+
+
+def _model(settings: Settings) -> str:
+    """Load the model as `run` does and say what it is; raises ModelError or SettingsError."""
+    from inferstream.models.loading import load
+
+    loaded = load(settings, lambda vector: {})
+    loaded.device.close()
+    return (
+        f"model.id {loaded.info.id}: revision {loaded.info.revision}, {loaded.info.dtype}, {loaded.dimensions} "
+        f"dimensions, at most {loaded.max_length} tokens, {loaded.device.lanes} compute threads"
+    )
 
 
 def _load(files: list[Path] | None, arguments: list[str], *, require: bool) -> tuple[Loaded, Settings]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from aiokafka.admin import AIOKafkaAdminClient
+
 from inferstream.errors import KafkaRefused
-from inferstream.kafka.connection import TopicFacts, topic_facts
+from inferstream.kafka.connection import TopicFacts, client_options, start_with_retry, topic_facts
 
 if TYPE_CHECKING:
     from inferstream.settings import Settings
@@ -72,10 +74,34 @@ def _dead_letters_fit(
             )
 
 
+async def _committed_partitions(settings: Settings) -> int:
+    """How many input partitions the group has offsets for; raises aiokafka's KafkaError."""
+    admin = AIOKafkaAdminClient(**client_options(settings.kafka))
+    try:
+        await admin.start()
+        offsets = await admin.list_consumer_group_offsets(settings.kafka.group_id)
+    finally:
+        await admin.close()
+    return sum(entry.offset >= 0 for tp, entry in offsets.items() if tp.topic in settings.input.topics)
+
+
 async def check(settings: Settings) -> list[str]:
-    """`config check --connect`: the findings, a line each; raises KafkaRefused on the first that is fatal."""
-    cluster = await inspect(settings, embedded=False)
+    """`config check --connect`: the findings, a line each; raises KafkaRefused on the first that is fatal.
+
+    Rights: to describe the topics and to read the group's offsets.  The right to write cannot be asked for
+    without writing.
+    """
+    found: list[Cluster] = []
+    committed: list[int] = []
+
+    async def look() -> None:
+        found.append(await inspect(settings, embedded=False))
+        committed.append(await _committed_partitions(settings))
+
+    await start_with_retry(settings.kafka, look, settings.kafka.connect_timeout_s)
+    cluster = found[0]
     return [
+        f"kafka.group_id {settings.kafka.group_id}: offsets of {committed[0]} partitions are committed",
         *(f"input.topics {name}: {count} partitions" for name, count in cluster.input_partitions.items()),
         f"output.topic {settings.output.topic}: {cluster.output_partitions} partitions, "
         f"{cluster.output_limit} bytes a batch",
