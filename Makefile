@@ -56,7 +56,7 @@ $(STAMP): pyproject.toml requirements/base.txt requirements/torch.txt requiremen
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
 	fi
 	echo "setup: the pinned requirements"
-	UV_PYTHON_DOWNLOADS=never "$$uv" pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	UV_PYTHON_DOWNLOADS=never "$$uv" pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements/dev.txt
 	echo "setup: inferstream itself, editable"
 	"$$uv" pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $(STAMP)

@@ -30,19 +30,19 @@ def environ(folder: Path) -> dict[str, str]:
 
 
 async def test_demo_when_the_worker_is_killed_then_nothing_is_missing() -> None:
-    # Committing after every few documents slows this model down to where it can be killed half-way.
-    overrides = {**HASH, "delivery": {"max_uncommitted_documents": 32}}
+    # A small buffer slows this model down to where it can be killed half-way.
+    overrides = {**HASH, "buffer": {"max_documents": 64}, "delivery": {"max_uncommitted_documents": 1_000}}
 
-    outcome = await run(Options(documents=600, overrides=overrides), PlainView())
+    outcome = await run(Options(documents=3_000, overrides=overrides), PlainView())
 
-    assert outcome.records_in == 605
-    assert outcome.results == 603
+    assert outcome.records_in == 3_005
+    assert outcome.results == 3_003
     assert [letter.reason for letter in outcome.dead] == ["invalid_json", "missing_text"]
     assert outcome.missing == []
     assert outcome.killed is not None
     assert outcome.killed.pid != outcome.killed.successor
-    assert 302 <= outcome.killed.answered < 605
-    assert outcome.twice <= 32
+    assert 1_503 <= outcome.killed.answered < 3_005
+    assert outcome.twice <= 1_000
     assert [len(found.neighbours) for found in outcome.found] == [3, 3, 3]
 
 

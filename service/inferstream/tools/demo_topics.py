@@ -32,7 +32,10 @@ class Topics:
         self._producer = AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all", linger_ms=5)
         # No group: it only looks, from the first record on, while the worker writes.
         self._consumer = AIOKafkaConsumer(
-            bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="earliest"
+            bootstrap_servers=bootstrap,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            fetch_max_wait_ms=100,  # a question for the end of a partition waits behind the fetch
         )
         self._reading: asyncio.Task[None] | None = None
 
