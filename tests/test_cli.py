@@ -52,7 +52,7 @@ def test_help_when_asked_for_then_every_command_is_listed_with_examples() -> Non
     done = inferstream("--help")
     assert done.returncode == 0
     assert [name for name in COMMANDS if f"\n  {name} " not in done.stdout] == []
-    assert "inferstream publish --topic documents documents.jsonl" in done.stdout
+    assert "inferstream publish --config service.yaml documents.jsonl" in done.stdout
 
 
 def test_help_when_asked_for_then_nothing_heavy_is_imported() -> None:

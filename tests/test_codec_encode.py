@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferstream.codec import Codec, schema, version
+from inferstream.codec import Codec, schema
 from inferstream.documents import Document, Headers, Kind, Outgoing, Prepared, Reason, Rejected, Stage
 from inferstream.tasks import ModelInfo
+from inferstream.version import version
 from tests.test_codec_decode import FakeRecord
 
 MODEL = ModelInfo("a/model", "sha256:0123456789ab", "float32")

@@ -280,3 +280,91 @@ async def test_chunked_document_when_its_chunks_go_in_several_batches_then_it_ha
     assert len(sink.sent) == 2 and len(runner.batches) > 2
     usage = orjson.loads(sink.sent[0][1].value or b"")["usage"]
     assert usage["chunks"] > 4 and usage["truncated"] is False
+
+
+async def test_commit_when_the_last_acknowledgement_that_release_waits_for_comes_then_it_is_due(
+    build: Build,
+) -> None:
+    pipeline, sink, _ = build(**{"delivery.max_uncommitted_documents": 10})
+    sink.automatic = False
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n) for n in range(30)])
+    await until(lambda: len(sink.sent) == 10 and pipeline.stage.idle and not len(pipeline.window))
+    pipeline.commit_due.clear()  # a commit that found nothing to commit yet
+    sink.acknowledge()
+    assert pipeline.commit_due.is_set()
+
+
+async def test_chunked_document_when_each_of_its_chunks_fails_then_it_is_one_dead_letter(
+    build: Build,
+) -> None:
+    def fail(items: Sequence[bytes]) -> None:
+        raise RuntimeError("no")
+
+    pipeline, sink, _ = build(fail)
+    pipeline._task = HashTask(64, "chunk", 1000, pipeline._codec.embedding)
+    pipeline.window.max_tokens = 64
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(0, "long " * 400), record(1)])
+    await until(lambda: not len(lane) and pipeline.stage.idle)
+    assert [out.kind for _, out in sink.sent] == [Kind.DEAD_LETTER] * 2
+    assert build.failures == []  # type: ignore[attr-defined]
+
+
+async def test_device_when_it_gives_too_few_rows_then_each_document_is_a_dead_letter(build: Build) -> None:
+    pipeline, sink, runner = build()
+    runner.run = lambda items: np.zeros((0, 8), np.float32)  # type: ignore[method-assign]
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n) for n in range(5)])
+    await until(lambda: not len(lane))
+    assert [out.kind for _, out in sink.sent] == [Kind.DEAD_LETTER] * 5
+
+
+async def test_device_when_it_asks_to_exit_then_it_is_an_error_like_any_other(build: Build) -> None:
+    def leave(items: Sequence[bytes]) -> None:
+        raise SystemExit(0)
+
+    pipeline, sink, _ = build(leave)
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(0)])
+    await until(lambda: not len(lane))
+    assert [out.kind for _, out in sink.sent] == [Kind.DEAD_LETTER]
+
+
+@pytest.mark.parametrize("method", ["_prepared", "batch_done", "_finished", "slot_freed"])
+async def test_callback_when_it_raises_then_the_process_is_told(
+    build: Build, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def broken(self: Pipeline, *arguments: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(Pipeline, method, broken)
+    pipeline, _, _ = build()
+    pipeline.admit(open_lane(pipeline), [record(0)])
+    await until(lambda: bool(build.failures))  # type: ignore[attr-defined]
+    assert isinstance(build.failures[0], KeyError)  # type: ignore[attr-defined]
+
+
+async def test_worker_thread_when_it_is_told_to_exit_then_the_process_does_not_exit_0(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(self: Codec, document: object) -> None:
+        raise SystemExit(0)
+
+    monkeypatch.setattr(Codec, "decode", leave)
+    pipeline, _, _ = build()
+    pipeline.admit(open_lane(pipeline), [record(0)])
+    await until(lambda: bool(build.failures))  # type: ignore[attr-defined]
+    assert isinstance(build.failures[0], RuntimeError)  # type: ignore[attr-defined]
+
+
+async def test_closing_when_the_lanes_are_dropped_meanwhile_then_it_ends_at_once(build: Build) -> None:
+    pipeline, sink, _ = build()
+    sink.automatic = False
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(0)])
+    closing = asyncio.create_task(pipeline.close_lanes([lane], 60.0))
+    await asyncio.sleep(0.05)
+    pipeline.drop_lanes([lane])
+    async with asyncio.timeout(5):
+        await closing

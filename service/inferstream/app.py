@@ -100,7 +100,7 @@ async def _run(
     health.warm = True
     log.info("the model is warm", extra={"model": loaded.info.id, "revision": loaded.info.revision})
 
-    await warn_of_another_model(settings, cluster.output_partitions, loaded.info)
+    await _unless(stopping, warn_of_another_model(settings, cluster.output_partitions, loaded.info))
     failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def failed(error: BaseException) -> None:
@@ -116,12 +116,15 @@ async def _run(
     clean = True
     try:
         for part in (source, sink):
-            await start_with_retry(settings.kafka, part.start, settings.kafka.connect_timeout_s)
+            await _unless(
+                stopping, start_with_retry(settings.kafka, part.start, settings.kafka.connect_timeout_s)
+            )
+        if stopping.is_set():
+            return
         source.subscribe()
         watchdog = Watchdog(settings, source, sink, pipeline)
-        polling = asyncio.create_task(source.run(), name="poll")
         duties += [
-            polling,
+            asyncio.create_task(source.run(), name="poll"),
             asyncio.create_task(_settle(source, pipeline, settings), name="settle"),
             asyncio.create_task(watchdog.run(), name="watchdog"),
         ]
@@ -134,7 +137,7 @@ async def _run(
             health.dead_task = duty.get_name() if isinstance(duty, asyncio.Task) else "a worker thread"
             duty.result()  # raises what ends the process
         health.draining = True
-        clean = await _drain(source, settings.delivery.drain_timeout_s)
+        clean = await _drain(source, settings.delivery.drain_timeout_s, duties)
     except BaseException as error:
         if not isinstance(error, asyncio.CancelledError | InferstreamError):
             log.error("the worker ends on an unexpected error", extra={"error": repr(error)})
@@ -204,13 +207,21 @@ async def _settle(source: Source, pipeline: Pipeline, settings: Settings) -> Non
         pipeline.commit_due.clear()
         if not await source.settle():
             await asyncio.sleep(min(interval_s, 0.5))  # a commit that fails at once must not spin
+            pipeline.commit_due.set()  # release may be waiting for it
 
 
-async def _drain(source: Source, timeout_s: float) -> bool:
+async def _drain(source: Source, timeout_s: float, duties: list[asyncio.Future[Any]]) -> bool:
+    """True when it ended in time; raises what a duty raises meanwhile."""
     log.info("draining", extra={"timeout_s": timeout_s})
     started = time.monotonic()
-    clean = await source.drain(timeout_s)
-    return clean and time.monotonic() - started <= timeout_s
+    drain = asyncio.create_task(source.drain(timeout_s), name="drain")
+    waiting = {drain, *duties}
+    while not drain.done():
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if failed := [duty for duty in done - {drain} if duty.exception() is not None]:
+            drain.cancel()
+            failed[0].result()
+    return drain.result() and time.monotonic() - started <= timeout_s
 
 
 async def _unless(stopping: asyncio.Event, work: Awaitable[T]) -> T | None:
@@ -222,6 +233,7 @@ async def _unless(stopping: asyncio.Event, work: Awaitable[T]) -> T | None:
     if task.done():
         return task.result()
     task.cancel()
+    await asyncio.wait([task], timeout=1.0)  # it closes its connections
     return None
 
 

@@ -10,10 +10,9 @@ No message made here holds any text of the document: they name fields, types, si
 from __future__ import annotations
 
 import binascii
-import math
 import functools
-import importlib.metadata
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ import orjson
 from inferstream.documents import Document, Headers, Kind, Outgoing, Prepared, Reason, Record, Rejected, Stage
 from inferstream.errors import SettingsError
 from inferstream.tasks import ModelInfo
+from inferstream.version import version
 
 if TYPE_CHECKING:
     from inferstream.settings import Settings
@@ -55,14 +55,6 @@ def schema(name: str) -> dict[str, Any]:
 
 
 @functools.cache
-def version() -> str:
-    """The version of this installation."""
-    try:
-        return importlib.metadata.version("inferstream")
-    except importlib.metadata.PackageNotFoundError:
-        return "0+source"  # run from a checkout that is not installed
-
-
 def pointer_parts(setting: str, pointer: str) -> tuple[str, ...]:
     """Split a JSON Pointer (RFC 6901); the empty pointer, which is the whole value, has no parts.
 

@@ -116,6 +116,7 @@ class Pipeline:
         self._lanes.add(lane)
         self._committed[lane] = 0
         self.credit.open_lane(lane)
+        self._credit_freed.set()
 
     def poll_limit(self, lanes: Sequence[Lane]) -> tuple[Sequence[Lane], int]:
         return self.credit.poll_limit(lanes)
@@ -247,7 +248,10 @@ class Pipeline:
 
     def _linger_over(self) -> None:
         self._linger = None
-        self._dispatch()
+        try:
+            self._dispatch()
+        except Exception as error:  # asyncio would only log it, and the batch would wait for ever
+            self._failed(error)
 
     def batch_done(self, items: Sequence[Item], rows: np.ndarray) -> None:
         finished: list[Job] = []
@@ -272,7 +276,7 @@ class Pipeline:
     def item_failed(self, item: Item, error: BaseException) -> None:
         job: Job = item.owner
         slot = job.slot
-        if slot.state == DROPPED or slot.outcome is not None:
+        if slot.state != ADMITTED:  # dropped, or another chunk of the document failed before
             return
         if isinstance(error, OutOfMemory):
             rejected = Rejected(
@@ -346,15 +350,16 @@ class Pipeline:
         """Send what is complete, up to each lane's share of ``delivery.max_uncommitted_documents``."""
         sink = self.sink
         assert sink is not None
-        share = max(1, self._max_uncommitted // max(1, len(self._lanes)))
         for lane in lanes:
             if lane not in self._committed:
                 continue  # dropped
-            room = share - (lane.settled - self._committed[lane])
+            room = self._uncommitted_share - (lane.settled - self._committed[lane])
             if room > 0:
                 sink.send(lane, lane.release(room))
-            if 2 * (lane.released - self._committed[lane]) >= share:
-                self.commit_due.set()
+
+    @property
+    def _uncommitted_share(self) -> int:
+        return max(1, self._max_uncommitted // max(1, len(self._lanes)))
 
     def acknowledged(self, entries: list[tuple[Slot, Outgoing]]) -> None:
         now_ms = time.time() * 1000
@@ -371,8 +376,11 @@ class Pipeline:
                 back = given[lane] = [0, 0]
             back[0] += slot.weight
             back[1] += 1
+        share = self._uncommitted_share
         for lane, (weight, count) in given.items():
             self.credit.give(lane, weight, 0, count)
+            if 2 * (lane.settled - self._committed[lane]) >= share:
+                self.commit_due.set()
         self._metrics.published(outgoing for _, outgoing in entries)
         self._metrics.end_to_end(ages)
         self.last_progress = time.monotonic()
@@ -462,6 +470,7 @@ class Pipeline:
         if self.sink is not None:
             self.sink.forget_dropped()
         self._credit_freed.set()
+        self._moved.set()
 
     # ---- what a dashboard reads
 

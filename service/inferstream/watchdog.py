@@ -43,6 +43,7 @@ class Watchdog:
         self._beat = time.monotonic()
         self._ended = threading.Event()
         self._waiting_since: float | None = None
+        self._hanging_since: float | None = None
 
     async def run(self) -> None:
         """Check until cancelled."""
@@ -81,7 +82,11 @@ class Watchdog:
 
     def _device_moves(self) -> None:
         since = self._pipeline.stage.busy_since()
-        if since is not None and time.monotonic() - since > self._hang_timeout_s:
+        if since is None or time.monotonic() - since <= self._hang_timeout_s:
+            self._hanging_since = None
+        elif self._hanging_since != since:
+            self._hanging_since = since  # seen twice: a process that was stopped hears of its batches late
+        else:
             raise NoProgress(
                 f"a batch has been on the device for more than device.hang_timeout_s={self._hang_timeout_s:g}"
             )
@@ -119,8 +124,11 @@ class Watchdog:
             )
 
     def _watch_loop(self) -> None:
+        # Counted in checks and not by the clock: a process that was stopped as a whole was not blocked.
+        beat, blocked_s = self._beat, 0.0
         while not self._ended.wait(CHECK_S):
-            blocked_s = time.monotonic() - self._beat
+            blocked_s = blocked_s + CHECK_S if beat == self._beat else 0.0
+            beat = self._beat
             if blocked_s > LOOP_BLOCKED_S:
                 # Nothing on the loop can run, so nothing can be drained: say why and go.
                 print(

@@ -44,7 +44,7 @@ class Workers:
     ) -> None:
         """Run ``work(argument)`` in a worker thread, then ``done(result)`` on the event loop.
 
-        ``work`` handles the errors of documents itself; what it raises is a bug and ends the process.
+        ``work`` handles the errors of documents itself; what it or ``done`` raises is a bug and ends the process.
         """
         self._queue.put((priority, next(self._order), work, argument, done))
 
@@ -65,11 +65,22 @@ class Workers:
             started = time.thread_time()
             try:
                 result = work(argument)
-            except BaseException as error:
+            except Exception as error:
                 self._call(self._failed, error)
                 continue
+            except BaseException as error:  # SystemExit would end the process with its own exit code
+                self._call(self._failed, RuntimeError(f"a worker thread was told to exit: {error!r}"))
+                continue
             self.cpu_s[priority] += time.thread_time() - started
-            self._call(done, result)
+            self._call(self._deliver, (done, result))
+
+    def _deliver(self, answer: tuple[Callable[[Any], None], Any]) -> None:
+        """On the event loop, which would only log what ``done`` raises: its documents would wait for ever."""
+        done, result = answer
+        try:
+            done(result)
+        except Exception as error:
+            self._failed(error)
 
     def _call(self, callback: Callable[[Any], None], argument: Any) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import Callable
@@ -113,9 +114,7 @@ def repeats_per_kill(runs: dict[int, list[Run]], kills: int) -> int:
     """The most results that one kill can have repeated: the sum over partitions of the largest overlap."""
     worst = 0
     for sequence in runs.values():
-        overlaps = [
-            max(0, old.last + 1 - new.first) for old, new in zip(sequence, sequence[1:], strict=False)
-        ]
+        overlaps = [max(0, old.last + 1 - new.first) for old, new in itertools.pairwise(sequence)]
         worst += max(overlaps, default=0)
     return worst
 

@@ -96,7 +96,9 @@ class Kafka:
             futures = []
             for record in records:
                 key, value, headers, partition = Sent(*record)
-                if key is None and value is None and partition is not None:  # send() refuses; a batch does not
+                if (
+                    key is None and value is None and partition is not None
+                ):  # send() refuses; a batch does not
                     await producer.flush()
                     batch = producer.create_batch()
                     batch.append(timestamp=None, key=None, value=None, headers=list(headers))

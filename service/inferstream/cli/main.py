@@ -51,12 +51,11 @@ def inferstream(
       inferstream demo
 
     \b
-    With a Kafka of your own:
-      export INFERSTREAM_KAFKA__BOOTSTRAP_SERVERS=kafka-1:9092
-      inferstream topics create --partitions 8 documents embeddings embeddings.dead-letters
-      inferstream publish --topic documents documents.jsonl
-      inferstream run --input.topics documents --output.topic embeddings
-      inferstream consume --topic embeddings --from-beginning --max 3
+    With a Kafka of your own (examples/service.yaml is a start):
+      inferstream topics create --config service.yaml
+      inferstream publish --config service.yaml documents.jsonl
+      inferstream run --config service.yaml
+      inferstream consume --config service.yaml --from-beginning --max 3
 
     \b
     Exit codes: 0 done or drained, 1 unexpected, 2 usage or settings, 3 Kafka refused or unreachable,

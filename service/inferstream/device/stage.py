@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -126,20 +126,33 @@ class DeviceStage:
                 self._post(Flight(slot, None, DeviceFailed(f"the device refused a launch: {error!r}"), 0.0))
 
     def _waiter(self) -> None:
-        while (flight := self._device.wait()) is not None:
-            self._post(flight)
+        try:
+            while (flight := self._device.wait()) is not None:
+                self._post(flight)
+        except BaseException as error:  # without this thread no batch would ever end
+            self._call(self._outcomes.device_failed, DeviceFailed(f"waiting for the device raised {error!r}"))
 
     def _post(self, flight: Flight) -> None:
+        self._call(self._settle, flight)
+
+    def _call(self, callback: Callable[[Any], None], argument: Any) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._ended, flight)
+            self._loop.call_soon_threadsafe(callback, argument)
         except RuntimeError:  # the loop is closed: the process is ending
             return
+
+    def _settle(self, flight: Flight) -> None:
+        """On the event loop, which would only log what this raises: the batch's documents would wait for ever."""
+        try:
+            self._ended(flight)
+        except Exception as error:
+            self._outcomes.device_failed(error)
 
     def _ended(self, flight: Flight) -> None:
         items = self._running.pop(flight.slot).items
         self._free.append(flight.slot)
         self.busy_s += flight.busy_s
-        if flight.error is None and flight.rows is not None:
+        if flight.error is None and flight.rows is not None and len(flight.rows) == len(items):
             self.batches += 1
             self.items += len(items)
             self.tokens += sum(item.length for item in items)
@@ -147,7 +160,7 @@ class DeviceStage:
         elif isinstance(flight.error, DeviceFailed):
             self._outcomes.device_failed(flight.error)
         else:
-            error = flight.error or RuntimeError("the device gave neither rows nor an error")
+            error = flight.error or RuntimeError("the device did not give a row for each item")
             if isinstance(error, OutOfMemory):
                 self._outcomes.out_of_memory(items)
             if len(items) == 1:

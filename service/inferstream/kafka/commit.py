@@ -112,7 +112,10 @@ class Committer:
                     "RequestTimedOutError",
                 ):
                     coordinator.coordinator_dead()
-                if issubclass(error, UnknownMemberIdError | IllegalGenerationError):
+                if (
+                    issubclass(error, UnknownMemberIdError | IllegalGenerationError)
+                    and identity == current_identity(self._consumer)  # else it is not the new one's fault
+                ):
                     # the heartbeat will hear the same and rejoin; waiting for it would only cost time
                     coordinator.reset_generation()
                 raise error(f"{topic}:{partition}")

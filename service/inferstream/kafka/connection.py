@@ -15,7 +15,7 @@ import platform
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +150,23 @@ async def start_with_retry(kafka: Kafka, start: Callable[[], Awaitable[object]],
             log.warning("Kafka is not ready, trying again", extra=why)
         await asyncio.sleep(backoff_s)
         backoff_s, attempt_s = min(backoff_s * 2, MAX_BACKOFF_S), attempt_s * 2
+
+
+async def stop_client(stopping: Coroutine[Any, Any, None], timeout_s: float) -> str | None:
+    """Run a client's ``stop()`` for at most ``timeout_s``; what was wrong with it, if anything.
+
+    In a task of its own: aiokafka lets errors and cancellations of its background tasks out of ``stop()``, and
+    they must not be taken for ours.
+    """
+    task = asyncio.create_task(stopping, name="stop-client")
+    done, _ = await asyncio.wait({task}, timeout=timeout_s)
+    if not done:
+        task.cancel()
+        return f"not ended within {timeout_s:g} s"
+    if task.cancelled():
+        return "one of its tasks was cancelled"
+    error = task.exception()
+    return None if error is None else repr(error)
 
 
 @contextlib.asynccontextmanager

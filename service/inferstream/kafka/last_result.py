@@ -47,8 +47,8 @@ async def _last_model(settings: Settings, partitions: int) -> dict[str, str] | N
         auto_offset_reset="earliest",  # retention may overtake the look back
         isolation_level="read_committed",
     )
-    await consumer.start()
     try:
+        await consumer.start()
         tps = [TopicPartition(topic, n) for n in range(partitions)]
         consumer.assign(tps)
         ends = {tp: end for tp, end in (await consumer.end_offsets(tps)).items() if end}
@@ -57,7 +57,7 @@ async def _last_model(settings: Settings, partitions: int) -> dict[str, str] | N
         latest: tuple[int, dict[str, str]] | None = None
         unread = set(ends)
         while unread:
-            for tp, records in (await consumer.getmany(*unread, timeout_ms=200)).items():
+            for records in (await consumer.getmany(*unread, timeout_ms=200)).values():
                 for record in records:
                     if record.value and (latest is None or record.timestamp >= latest[0]):
                         model = _model_of(record.value)

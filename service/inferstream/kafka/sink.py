@@ -30,6 +30,7 @@ from aiokafka.partitioner import murmur2
 
 from inferstream.documents import Kind, Outgoing
 from inferstream.errors import KafkaRefused
+from inferstream.kafka.connection import stop_client
 from inferstream.lanes import DROPPED, Lane, Slot
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class _Sender:
         self.sending = 0  # how many at the head of the queue are with the producer
         self._limit = 0  # at most this many records in the next batch; 0 = no limit (no refusal under way)
         self._strikes = 0  # how often the record at the head was refused alone
+        self._refused_since: float | None = None  # since when a right or the topic is missing
         self._wake = asyncio.Event()
         self.task = asyncio.create_task(self._run(), name=f"send-{topic.name}-{partition}")
 
@@ -87,6 +89,8 @@ class _Sender:
         """Take out what was not handed to the producer and belongs to an ended epoch."""
         handed = self.sending
         kept = [entry for n, entry in enumerate(self.queue) if n < handed or entry[0].state != DROPPED]
+        if self._strikes and kept[:1] != [self.queue[0]]:
+            self._strikes = 0  # they were the dropped record's
         self.queue = deque(kept)
 
     async def _run(self) -> None:
@@ -116,49 +120,65 @@ class _Sender:
             size, count = grown, count + 1
         batch.close()
         self.sending = count
-        handed_over = False
+        handed_over = later = False
         self._sink.left()
         try:
             future = await producer.send_batch(batch, self._topic.name, partition=self._partition)
             handed_over = True
             await future
         except KafkaError as error:
-            if (
-                handed_over
-            ):  # its sequence numbers are used up: the next batch of this partition would be refused
+            if handed_over:
+                # its sequence numbers are used up: the next batch of this partition would be refused
                 self._sink.replace(producer)
-            self._failed(error, count)
+            later = self._failed(error, count)
         else:
             entries = [self.queue.popleft() for _ in range(count)]
             self._limit = max(0, self._limit - count)
             self._strikes = 0
+            self._refused_since = None
             self._sink.acknowledged(entries)
         finally:
             self.sending = 0
             self._sink.came_back()
         self.forget_dropped()  # what failed for an ended epoch is not sent again
-        if not handed_over:
+        if later:
             await asyncio.sleep(ERROR_BACKOFF_S)
 
-    def _failed(self, error: KafkaError, count: int) -> None:
+    def _failed(self, error: KafkaError, count: int) -> bool:
+        """Decide what is sent next; True if it is the same again, which deserves some time."""
         where = f"{self._topic.name}:{self._partition}"
         if not isinstance(error, _REFUSES_THE_RECORD):
             log.warning(
                 "publishing failed; sending again",
                 extra={"to": where, "error": repr(error), "records": count},
             )
-            self._sink.count_refusal(error, where)
-            return
+            self._count_refusal(error, where)
+            return True
         if count > 1:
             log.warning("a batch was refused; splitting it", extra={"to": where, "records": count})
             self._limit = count // 2
-            return
+            return False
         self._strikes += 1
         self._limit = 1
-        if self._strikes >= (UNKNOWN_ERROR_STRIKES if isinstance(error, UnknownError) else 1):
-            self._strikes = self._limit = 0
-            slot, outgoing = self.queue.popleft()
-            self._sink.reroute(slot, outgoing, error)
+        if self._strikes < (UNKNOWN_ERROR_STRIKES if isinstance(error, UnknownError) else 1):
+            return True
+        self._strikes = self._limit = 0
+        slot, outgoing = self.queue.popleft()
+        self._sink.reroute(slot, outgoing, error)
+        return False
+
+    def _count_refusal(self, error: KafkaError, where: str) -> None:
+        """End the process when a missing right or topic has lasted for too long."""
+        if not isinstance(error, TopicAuthorizationFailedError | UnknownTopicOrPartitionError):
+            return
+        now = time.monotonic()
+        if self._refused_since is None:
+            self._refused_since = now
+        elif now - self._refused_since > REFUSED_FOR_S:
+            raise KafkaRefused(
+                f"publishing to {where} has been refused for {REFUSED_FOR_S:.0f} s: {type(error).__name__}; "
+                "grant WRITE on the topic, or create it"
+            )
 
 
 class Sink:
@@ -181,7 +201,6 @@ class Sink:
         self._failed = failed
         self._senders: dict[tuple[str, int], _Sender] = {}
         self._replacing: asyncio.Task[None] | None = None
-        self._refused_since: float | None = None
         self.producer: AIOKafkaProducer = make_producer()
         self.producing = asyncio.Event()
         self._in_flight = 0
@@ -206,8 +225,7 @@ class Sink:
     def send(self, lane: Lane, slots: Sequence[Slot]) -> None:
         """Queue a lane's released run, each record behind what its partition was given before."""
         # Usually all results of a lane go to the partition of its number.
-        aligned = self._input_partitions.get(lane.topic) == self._output.partitions
-        own = self._sender(self._output, lane.partition) if aligned else None
+        own = self._sender(self._output, lane.partition) if self._aligned(lane, self._output) else None
         for slot in slots:
             outgoing = slot.outcome
             assert outgoing is not None  # it was released
@@ -247,25 +265,11 @@ class Sink:
             self._quiet.set()
 
     def acknowledged(self, entries: list[tuple[Slot, Outgoing]]) -> None:
-        self._refused_since = None
         self._acknowledgements.acknowledged(entries)
 
     def reroute(self, slot: Slot, outgoing: Outgoing, error: KafkaError) -> None:
         if slot.state != DROPPED:
             self._queue(slot, self._acknowledgements.refused(slot, outgoing, error))
-
-    def count_refusal(self, error: KafkaError, where: str) -> None:
-        """End the process when a missing right or topic has lasted for too long."""
-        if not isinstance(error, TopicAuthorizationFailedError | UnknownTopicOrPartitionError):
-            return
-        now = time.monotonic()
-        if self._refused_since is None:
-            self._refused_since = now
-        elif now - self._refused_since > REFUSED_FOR_S:
-            raise KafkaRefused(
-                f"publishing to {where} has been refused for {REFUSED_FOR_S:.0f} s: {type(error).__name__}; "
-                "grant WRITE on the topic, or create it"
-            )
 
     def replace(self, producer: AIOKafkaProducer) -> None:
         """Throw the producer away, once, and make a new one."""
@@ -295,8 +299,14 @@ class Sink:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._failed(error)
 
+    def _aligned(self, lane: Lane, topic: OutputTopic) -> bool:
+        """Whether a lane's records go to the partition of its number; not those of one born after the start."""
+        return (
+            self._input_partitions.get(lane.topic) == topic.partitions and lane.partition < topic.partitions
+        )
+
     def _partition(self, lane: Lane, outgoing: Outgoing, topic: OutputTopic) -> int:
-        if self._input_partitions.get(lane.topic) == topic.partitions:
+        if self._aligned(lane, topic):
             return lane.partition
         if outgoing.key is not None:
             return int((murmur2(outgoing.key) & 0x7FFFFFFF) % topic.partitions)
@@ -305,10 +315,5 @@ class Sink:
 
 async def _stop_producer(producer: AIOKafkaProducer, timeout_s: float) -> None:
     """An idempotent producer's stop() waits for its batches, for ever when the brokers are away."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await producer.stop()
-    except TimeoutError:
-        log.warning("a producer did not stop in time and is abandoned")
-    except KafkaError as error:
-        log.warning("a producer stopped with an error", extra={"error": repr(error)})
+    if (problem := await stop_client(producer.stop(), timeout_s)) is not None:
+        log.warning("a producer did not stop in order", extra={"error": problem})

@@ -29,7 +29,7 @@ from aiokafka.errors import (
 
 from inferstream.errors import InferstreamError, KafkaRefused
 from inferstream.kafka.commit import CommitFailed, CommitRefused, Committer, EpochEnded
-from inferstream.kafka.connection import client_options
+from inferstream.kafka.connection import client_options, stop_client
 from inferstream.kafka.epochs import Epoch, current_identity
 from inferstream.kafka.offsets import OffsetLost, Opening, open_positions
 from inferstream.lanes import Lane
@@ -40,10 +40,15 @@ log = logging.getLogger(__name__)
 NOTHING = TopicPartition("__none__", 0)  # polling it keeps the member alive and leaves prefetched data alone
 MAX_RECORDS = 500  # decoding is synchronous, ~2.5 µs a record: bounds how long one poll holds the loop
 POLL_TIMEOUT_MS = 200
+PARTIAL_POLL_TIMEOUT_MS = 20  # while lanes sit out: theirs may be the records, and their credit may come back
 KEEP_ALIVE_S = 1.0
 ERROR_BACKOFF_S = 0.5
 REFUSED_FOR_S = 60.0  # how long refusals may last before they end the process
+REFUSAL_GAP_S = (
+    15.0  # refusals further apart than this are not of one cause; what works meanwhile is no answer
+)
 COMMIT_RESERVE_S = 0.25  # the share of the revoke's time that is kept for its commit
+NEVER_COMMITTED = -1
 _NEVER_MS = 24 * 3600 * 1000
 
 
@@ -120,7 +125,10 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         self._committed: dict[Lane, int] = {}
         self._stopping = False
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._refused_since: float | None = None
+        self._closed = asyncio.Event()  # no epoch is being closed
+        self._closed.set()
+        self._hurried = False  # a rebalance cut a drain short
+        self._refused_since = self._last_refused = -REFUSED_FOR_S
         self.rebalancing = False
         self.last_admitted = time.monotonic()
 
@@ -132,12 +140,9 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         self.consumer.subscribe(topics=self._settings.input.topics, listener=self)
 
     async def stop(self, timeout_s: float) -> None:
-        """Leave the group and close the connections."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self.consumer.stop()
-        except (TimeoutError, KafkaError) as error:
-            log.warning("leaving the group did not end in time", extra={"error": repr(error)})
+        """Leave the group and close the connections; never raises."""
+        if (problem := await stop_client(self.consumer.stop(), timeout_s)) is not None:
+            log.warning("the group was not left in order", extra={"error": problem})
 
     @property
     def lanes(self) -> list[Lane]:
@@ -154,7 +159,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         while not self._stopping:
             try:
                 await self._poll()
-                self._refused_since = None
+                await asyncio.sleep(0)  # getmany does not suspend while records are at hand
             except (TopicAuthorizationFailedError, GroupAuthorizationFailedError) as error:
                 self._refused(error)
                 await asyncio.sleep(ERROR_BACKOFF_S)
@@ -181,23 +186,34 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             await self._intake.wait_for_credit(KEEP_ALIVE_S)
             return
         partitions = [TopicPartition(lane.topic, lane.partition) for lane in eligible]
+        timeout_ms = POLL_TIMEOUT_MS if len(eligible) == len(epoch.lanes) else PARTIAL_POLL_TIMEOUT_MS
         fetched = await self.consumer.getmany(
-            *partitions, timeout_ms=POLL_TIMEOUT_MS, max_records=min(limit, MAX_RECORDS)
+            *partitions, timeout_ms=timeout_ms, max_records=min(limit, MAX_RECORDS)
         )
         # No await from here on: the positions have moved.
         if epoch is not self._epoch or epoch.closing:
-            return  # fetched for an ended epoch: dropped, its watermarks stay below these records
+            self._put_back(fetched)
+            return
         for tp, records in fetched.items():
             lane = epoch.lanes.get(tp)
             if lane is not None:
                 self._intake.admit(lane, records)
                 self.last_admitted = time.monotonic()
         for lane in eligible:
-            if not len(lane):
-                self._advance(lane)
+            self._advance(lane)
+
+    def _put_back(self, fetched: dict[TopicPartition, list[Any]]) -> None:
+        """Undo a poll that a rebalance has overtaken.
+
+        A ``getmany`` that waits over a rebalance goes on with the next assignment: what it gives may be of the
+        epoch after its own, whose positions the opener may already have set.
+        """
+        for tp, records in fetched.items():
+            if tp in self.consumer.assignment():
+                self.consumer.seek(tp, records[0].offset)
 
     def _advance(self, lane: Lane) -> None:
-        """Let an empty lane follow the position over transaction markers and compacted records."""
+        """Let a lane follow the position over transaction markers and compacted records."""
         tp = TopicPartition(lane.topic, lane.partition)
         assignment = self.consumer._subscription.subscription.assignment
         state = assignment.state_value(tp) if assignment is not None else None
@@ -206,10 +222,11 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
 
     def _refused(self, error: BaseException) -> None:
         now = time.monotonic()
-        if self._refused_since is None:
+        if now - self._last_refused > REFUSAL_GAP_S:
             self._refused_since = now
             log.error("Kafka refuses", extra={"error": repr(error)})
-        elif now - self._refused_since > REFUSED_FOR_S:
+        self._last_refused = now
+        if now - self._refused_since > REFUSED_FOR_S:
             raise KafkaRefused(
                 f"Kafka has refused for {REFUSED_FOR_S:.0f} s: {type(error).__name__} {error}; "
                 f"grant READ on the input topics and on group {self._settings.kafka.group_id!r}"
@@ -227,18 +244,29 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         epoch = self._epoch
         if epoch is None:
             return
-        found = await self.consumer.beginning_offsets(list(offsets))
+        try:
+            found = await self.consumer.beginning_offsets(list(offsets))
+        except KafkaError as unknown:  # the poll comes upon it again
+            log.warning("the oldest offset is not to be had yet", extra={"error": repr(unknown)})
+            await asyncio.sleep(ERROR_BACKOFF_S)
+            return
         for tp, beginning in found.items():
-            lane = epoch.lanes.get(tp)
-            if lane is None or epoch is not self._epoch or epoch.closing:
-                continue
+            if epoch is not self._epoch or epoch.closing:
+                return
+            lane = epoch.lanes[tp]
             log.error(
                 "records were lost before they were processed",
                 extra={"topic": tp.topic, "partition": tp.partition, "from": offsets[tp], "to": beginning},
             )
             self.consumer.seek(tp, beginning)
-            if beginning > lane.position:
-                lane.advance(beginning)
+            if beginning < lane.position:  # the topic was made anew, or its log cut: a lane cannot go back
+                self._intake.drop_lanes([lane])
+                del self._committed[lane]
+                lane = Lane(tp.topic, tp.partition, epoch.number, beginning, ordered=lane.ordered)
+                epoch.lanes[tp] = lane
+                self._committed[lane] = NEVER_COMMITTED
+                self._intake.open_lane(lane)
+            lane.advance(beginning)
 
     # ---- epochs
 
@@ -330,19 +358,48 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         self.rebalancing = True
         epoch, self._epoch = self._epoch, None
         if epoch is None:
+            await self._hurry_drain()
             return
         log.info("revoked", extra={"generation": epoch.identity.generation, "partitions": len(revoked)})
         try:
             await self._close(epoch, self._settings.delivery.revoke_timeout_s)
         except Exception:
             log.exception("closing an epoch failed; what was not committed will be read again")
-            self._intake.drop_lanes(list(epoch.lanes.values()))
 
     async def drain(self, timeout_s: float) -> bool:
         """Stop polling, finish and settle what fits ``timeout_s``; True when all that was kept is settled."""
         self._stopping = True
+        deadline = time.monotonic() + timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._closed.wait()  # a revoke that is under way is our drain
+        except TimeoutError:
+            return False
         epoch, self._epoch = self._epoch, None
-        return await self._close(epoch, timeout_s) if epoch is not None else True
+        if epoch is None:
+            return True
+        return await self._close(epoch, deadline - time.monotonic()) and not self._hurried
+
+    async def _hurry_drain(self) -> None:
+        """Give a drain that a rebalance meets the time of a revoke.
+
+        Until this returns the group does not go on, and the drain can still commit.
+        """
+        timeout_s = self._settings.delivery.revoke_timeout_s
+        deadline = time.monotonic() + timeout_s
+        if (epoch := self._closing_epoch) is not None:
+            log.info("a rebalance hurries the drain", extra={"timeout_s": timeout_s})
+            lanes = list(epoch.lanes.values())
+            if epoch.identity != current_identity(self.consumer) or not await self._intake.close_lanes(
+                lanes, timeout_s * (1 - COMMIT_RESERVE_S)
+            ):
+                self._hurried = True
+            self._intake.drop_lanes(lanes)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await self._closed.wait()
+        except TimeoutError:
+            log.warning("the group goes on before the drain has ended")
 
     async def _close(self, epoch: Epoch, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
@@ -350,22 +407,25 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         if epoch.opener is not None and not epoch.opener.done():
             epoch.opener.cancel()
         lanes = list(epoch.lanes.values())
-        clean = True
-        if epoch.gate.is_set():
+        self._closed.clear()
+        try:
+            if not epoch.gate.is_set():
+                return True
             self._listener.revoked(lanes)
-            if epoch.identity == current_identity(self.consumer):
-                self._closing_epoch = epoch  # ticks go on: release may be waiting for a commit
-                clean = await self._intake.close_lanes(lanes, timeout_s * (1 - COMMIT_RESERVE_S))
-                self._closing_epoch = None
-                self._intake.drop_lanes(lanes)
-                clean &= await self._settle(epoch, max(0.1, deadline - time.monotonic()))
-            else:
+            if epoch.identity != current_identity(self.consumer):
                 log.warning("the group went on without this member; its work in flight is dropped")
-                clean = False
-        self._intake.drop_lanes(lanes)
-        for lane in lanes:
-            self._committed.pop(lane, None)
-        return clean
+                return False
+            self._closing_epoch = epoch  # ticks go on: release may be waiting for a commit
+            clean = await self._intake.close_lanes(lanes, timeout_s * (1 - COMMIT_RESERVE_S))
+            self._closing_epoch = None
+            self._intake.drop_lanes(lanes)
+            return await self._settle(epoch, max(0.1, deadline - time.monotonic())) and clean
+        finally:
+            self._closing_epoch = None
+            self._intake.drop_lanes(lanes)
+            for lane in lanes:
+                self._committed.pop(lane, None)
+            self._closed.set()
 
     # ---- settling
 

@@ -6,6 +6,7 @@ Gauges are set here and not at the scrape, because lanes and queues belong to th
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,6 +14,8 @@ from typing import Any
 
 from inferstream.telemetry.health import Health
 from inferstream.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 
@@ -41,7 +44,10 @@ class Watch:
             due = time.monotonic() + BEAT_S
             await asyncio.sleep(BEAT_S)
             self._metrics.event_loop_lag(max(0.0, time.monotonic() - due))
-            self.beat()
+            try:
+                self.beat()
+            except Exception:  # a gauge is no reason to stop the heartbeat
+                log.exception("reading the gauges failed")
 
     def beat(self) -> None:
         """Read everything once."""
