@@ -368,3 +368,21 @@ async def test_closing_when_the_lanes_are_dropped_meanwhile_then_it_ends_at_once
     pipeline.drop_lanes([lane])
     async with asyncio.timeout(5):
         await closing
+
+
+async def test_record_when_decoding_it_raises_then_only_that_one_is_a_dead_letter(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, sink, _ = build()
+    decode = pipeline._codec.decode
+
+    def raise_on_seven(record: Any) -> Any:
+        if record.offset == 7:
+            raise RecursionError("nobody foresaw this")
+        return decode(record)
+
+    monkeypatch.setattr(pipeline._codec, "decode", raise_on_seven)
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n) for n in range(20)])
+    await until(lambda: not len(lane))
+    assert [slot.offset for slot, out in sink.sent if out.kind is Kind.DEAD_LETTER] == [7]

@@ -14,11 +14,13 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import MessageSizeTooLargeError, OutOfOrderSequenceNumber
 from aiokafka.partitioner import murmur2
 
-import inferstream.tools.publish as publishing
 from inferstream.errors import Incomplete, KafkaRefused, SettingsError
 from inferstream.settings import Settings, load_settings
+from inferstream.tools import publish_reading
 from inferstream.tools.embedded import EmbeddedBroker
-from inferstream.tools.publish import Bad, Chunk, Counts, Good, Options, Reader, in_thread, publish
+from inferstream.tools.publish import Counts, Options, publish
+from inferstream.tools.publish_reading import Bad, Chunk, Good, Reader, in_thread
+from inferstream.tools.publish_sending import Outbox
 
 pytestmark = pytest.mark.embedded
 
@@ -178,8 +180,8 @@ def test_publish_when_a_document_is_larger_than_the_topics_limit_then_it_is_refu
 def test_publish_when_a_line_never_ends_then_it_is_refused_with_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publishing, "MAX_RECORD_BYTES", 100_000)
-    monkeypatch.setattr(publishing, "READ_BYTES", 4_096)
+    monkeypatch.setattr(publish_reading, "MAX_RECORD_BYTES", 100_000)
+    monkeypatch.setattr(publish_reading, "READ_BYTES", 4_096)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text":"before"}\n' + "x" * 1_000_000 + '\n{"text":"after"}\n' + "y" * 300_000)
     items = read(path)
@@ -260,13 +262,13 @@ async def test_publish_when_the_broker_goes_away_for_good_then_the_rest_is_count
 ) -> None:
     path = tmp_path / "a.txt"
     path.write_text("text\n" * 50)
-    started = publishing.Outbox.start
+    started = Outbox.start
 
-    async def start_and_lose_the_broker(self: publishing.Outbox) -> None:
+    async def start_and_lose_the_broker(self: Outbox) -> None:
         await started(self)
         broker.set_reachable(False)
 
-    monkeypatch.setattr(publishing.Outbox, "start", start_and_lose_the_broker)
+    monkeypatch.setattr(Outbox, "start", start_and_lose_the_broker)
     counts = Counts()
     one = settings(broker.bootstrap, kafka__connect_timeout_s=1)
     with pytest.raises(Incomplete, match="acknowledged nothing"):
@@ -280,10 +282,10 @@ async def test_publish_when_a_record_is_refused_then_the_rest_still_arrives_once
     """As a real broker does with a record that is too large: refused, and its successors out of sequence."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"id": n, "text": "text"}) + "\n" for n in range(200)))
-    hand_over = publishing.Outbox._handed_over
+    hand_over = Outbox._handed_over
     producers: set[int] = set()
 
-    async def refuse(self: publishing.Outbox, record: Good, partition: int) -> asyncio.Future[Any]:
+    async def refuse(self: Outbox, record: Good, partition: int) -> asyncio.Future[Any]:
         broken = id(self._producer) in producers
         if json.loads(record.value)["id"] == 50 or broken:
             producers.add(id(self._producer))
@@ -292,7 +294,7 @@ async def test_publish_when_a_record_is_refused_then_the_rest_still_arrives_once
             return refused
         return await hand_over(self, record, partition)
 
-    monkeypatch.setattr(publishing.Outbox, "_handed_over", refuse)
+    monkeypatch.setattr(Outbox, "_handed_over", refuse)
     counts = Counts()
     await publish(settings(broker.bootstrap), Options((str(path),), TOPIC), counts)
     assert (counts.accepted, counts.lost) == (199, 1)

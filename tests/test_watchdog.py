@@ -69,7 +69,7 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     world = World()
-    monkeypatch.setattr(module.time, "monotonic", lambda: world.now)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: world.now))
     return world
 
 
@@ -176,7 +176,7 @@ def exits(watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch, checks: int, beat
                 watchdog._beat += 1
             return self.left < 0 or bool(codes)
 
-    monkeypatch.setattr(module.os, "_exit", codes.append)
+    monkeypatch.setattr(module, "os", SimpleNamespace(_exit=codes.append))
     watchdog._ended = Ended()
     watchdog._watch_loop()
     return codes

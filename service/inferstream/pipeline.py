@@ -30,7 +30,7 @@ from inferstream.codec import Codec
 from inferstream.credit import Credit
 from inferstream.device import Device
 from inferstream.device.stage import DeviceStage
-from inferstream.documents import Document, Kind, Outgoing, Prepared, Reason, Rejected, Stage
+from inferstream.documents import Document, Kind, Outgoing, Prepared, Reason, Record, Rejected, Stage
 from inferstream.errors import DeadLetterRefused, OutOfMemory
 from inferstream.kafka.sink import Sink
 from inferstream.lanes import ADMITTED, DROPPED, Lane, Slot
@@ -159,7 +159,7 @@ class Pipeline:
         slots: list[Slot] = []
         documents: list[Document] = []
         for slot in chunk:
-            decoded = self._codec.decode(slot.record)
+            decoded = self._decode(slot.record)
             if isinstance(decoded, Document):
                 slots.append(slot)
                 documents.append(decoded)
@@ -174,6 +174,13 @@ class Pipeline:
                 answers.append((slot, prepared))
         self._metrics.stage_seconds("prepare", time.perf_counter() - started)
         return answers
+
+    def _decode(self, record: Record) -> Document | Rejected | Outgoing:
+        try:
+            return self._codec.decode(record)
+        except Exception as error:  # what nobody foresaw in one record must not stop the others
+            log.error("decoding one record raised", extra={"error": type(error).__name__})
+            return Rejected(Reason.MODEL_ERROR, f"decoding raised {type(error).__name__}", Stage.PREPARE)
 
     def _prepare_documents(self, documents: list[Document]) -> list[Prepared | Rejected]:
         if not documents:

@@ -229,14 +229,14 @@ async def test_topics_when_their_partition_counts_differ_then_each_goes_by_its_o
 
 TINY = {
     "buffer": {"max_documents": 1, "max_tokens": 1, "max_bytes": 1024},
-    "delivery": {"max_uncommitted_documents": 1, "commit_interval_ms": 60_000},
+    "delivery": {"max_uncommitted_documents": 2, "commit_interval_ms": 60_000},
     "batch": {"max_tokens": 1},
 }
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("order", ["partition", "none"])
-async def test_worker_when_every_bound_is_one_then_it_still_gets_through(
+async def test_worker_when_every_bound_is_tiny_then_it_still_gets_through(
     kafka: Kafka, launch: Callable[..., Worker], order: str
 ) -> None:
     source, target, group = await make_topics(kafka, "tiny", 60)
