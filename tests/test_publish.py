@@ -283,12 +283,12 @@ async def test_publish_when_a_record_is_refused_then_the_rest_still_arrives_once
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"id": n, "text": "text"}) + "\n" for n in range(200)))
     hand_over = Outbox._handed_over
-    producers: set[int] = set()
+    broken_producers: list[Any] = []  # the objects, not their ids: a new one may have an old one's id
 
     async def refuse(self: Outbox, record: Good, partition: int) -> asyncio.Future[Any]:
-        broken = id(self._producer) in producers
+        broken = any(self._producer is producer for producer in broken_producers)
         if json.loads(record.value)["id"] == 50 or broken:
-            producers.add(id(self._producer))
+            broken_producers.append(self._producer)
             refused: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
             refused.set_exception(OutOfOrderSequenceNumber() if broken else MessageSizeTooLargeError())
             return refused
