@@ -8,6 +8,7 @@ Ctrl-C ends at once with 130.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -38,6 +39,7 @@ from inferstream.watchdog import Watchdog
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+GC_THRESHOLDS = (100_000, 20, 100)
 STOP_TIMEOUT_S = 5.0  # for leaving the group, stopping the producer and ending threads, each
 
 
@@ -97,6 +99,7 @@ async def _run(
     if loaded is None:
         return
     metrics.model(loaded.info)
+    _calm_the_garbage_collector()
     health.warm = True
     log.info("the model is warm", extra={"model": loaded.info.id, "revision": loaded.info.revision})
 
@@ -156,6 +159,17 @@ async def _run(
             "what was not acknowledged is not committed and will be read again"
         )
     log.info("drained")
+
+
+def _calm_the_garbage_collector() -> None:
+    """Thousands of documents in flight are live objects that every full collection would walk through.
+
+    What is loaded by now stays for good and is left out; what a document needs is freed by reference counts,
+    so collections are only for rare cycles (errors with their tracebacks) and may be rare themselves.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 async def inspect_with_retry(settings: Settings, *, embedded: bool) -> Cluster:
