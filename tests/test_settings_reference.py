@@ -238,5 +238,7 @@ def test_check_when_it_connects_then_the_findings_come_first(monkeypatch: pytest
     shown = invoke("check", *REQUIRED, "--model.id", "builtin:hash", "--connect").stdout.splitlines()
 
     assert shown[0] == "input.topics in: 4 partitions"
-    assert shown[1].startswith("model.id builtin:hash: revision 1, float32, 8 dimensions, at most 8192 tokens")
+    assert shown[1].startswith(
+        "model.id builtin:hash: revision 1, float32, 8 dimensions, at most 8192 tokens"
+    )
     assert shown[2:] == ["ok"]
