@@ -91,7 +91,10 @@ async def _run(
     health: Health,
     watch: Watch,
 ) -> None:
-    cluster = await _unless(stopping, inspect_with_retry(settings, embedded=embedded))
+    looking = start_with_retry(
+        settings.kafka, lambda: inspect(settings, embedded=embedded), settings.kafka.connect_timeout_s
+    )
+    cluster = await _unless(stopping, looking)
     if cluster is None:
         return
     codec = Codec.from_settings(settings, result_limit=cluster.output_limit)
@@ -172,21 +175,9 @@ def _calm_the_garbage_collector() -> None:
     gc.set_threshold(*GC_THRESHOLDS)
 
 
-async def inspect_with_retry(settings: Settings, *, embedded: bool) -> Cluster:
-    """Look at the topics, trying again for ``kafka.connect_timeout_s`` while no broker answers."""
-    found: list[Cluster] = []
-
-    async def look() -> None:
-        found.append(await inspect(settings, embedded=embedded))
-
-    await start_with_retry(settings.kafka, look, settings.kafka.connect_timeout_s)
-    return found[0]
-
-
 def make_sink(
     settings: Settings, cluster: Cluster, pipeline: Pipeline, failed: Callable[[BaseException], None]
 ) -> Sink:
-    assert settings.output.topic is not None and settings.dead_letter.topic is not None
 
     def make_producer() -> AIOKafkaProducer:
         return AIOKafkaProducer(
@@ -210,7 +201,6 @@ def make_sink(
 
 async def _settle(source: Source, pipeline: Pipeline, settings: Settings) -> None:
     """Commit on every tick, and earlier when half of what may be uncommitted is."""
-    assert settings.delivery.commit_interval_ms is not None
     interval_s = settings.delivery.commit_interval_ms / 1000
     while True:
         try:

@@ -51,14 +51,13 @@ RATE_MEMORY = 0.9  # exponential memory of the measured seconds per document, pe
 class Job:
     """A prepared document under way: its rows arrive chunk by chunk, from one batch or several."""
 
-    __slots__ = ("attempts", "missing", "prepared", "rows", "slot")
+    __slots__ = ("missing", "prepared", "rows", "slot")
 
     def __init__(self, slot: Slot, prepared: Prepared) -> None:
         self.slot = slot
         self.prepared = prepared
         self.rows: list[Any] = [None] * len(prepared.chunks)
         self.missing = len(prepared.chunks)
-        self.attempts = 1
 
 
 class Pipeline:
@@ -108,7 +107,6 @@ class Pipeline:
         self._seconds_per_document = 0.0
         self.unprepared = 0  # admitted records that the worker threads have not prepared yet
         self._full_tokens = settings.batch.max_tokens
-        self.last_progress = time.monotonic()
 
     # ---- credit and admission (called by the source)
 
@@ -390,7 +388,6 @@ class Pipeline:
                 self.commit_due.set()
         self._metrics.published(outgoing for _, outgoing in entries)
         self._metrics.end_to_end(ages)
-        self.last_progress = time.monotonic()
         self._credit_freed.set()
         self._moved.set()
 

@@ -8,9 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from inferstream.errors import InferstreamError, SettingsError
-
-EMBEDDED_PARTITIONS = 4
+from inferstream.errors import InferstreamError
 
 
 def run(files: Sequence[Path], arguments: Sequence[str]) -> None:
@@ -27,6 +25,7 @@ def run(files: Sequence[Path], arguments: Sequence[str]) -> None:
     configure(settings.telemetry.log_format, settings.telemetry.log_level)
 
     from inferstream import app
+    from inferstream.cli.main import report
 
     embedded = settings.kafka.bootstrap_servers == ["embedded"]
     error: InferstreamError | None = None
@@ -34,11 +33,9 @@ def run(files: Sequence[Path], arguments: Sequence[str]) -> None:
         if embedded:
             from inferstream.tools.embedded import EmbeddedBroker
 
-            if settings.output.topic is None or settings.dead_letter.topic is None:
-                raise SettingsError("output.topic is not set")
             with EmbeddedBroker() as broker:
                 for topic in (*settings.input.topics, settings.output.topic, settings.dead_letter.topic):
-                    broker.create_topic(topic, EMBEDDED_PARTITIONS)
+                    broker.create_topic(topic)
                 print(f"bootstrap={broker.bootstrap}", flush=True)
                 kafka = settings.kafka.model_copy(update={"bootstrap_servers": [broker.bootstrap]})
                 asyncio.run(app.run(settings.model_copy(update={"kafka": kafka}), embedded=True))
@@ -47,7 +44,7 @@ def run(files: Sequence[Path], arguments: Sequence[str]) -> None:
     except InferstreamError as caught:
         error = caught
     if error is not None:
-        print(f"inferstream: error: {error}", file=sys.stderr)
+        report(error)
     sys.stdout.flush()
     sys.stderr.flush()
     # A model that was still loading, or a batch that hangs on the device, must not hold the exit.

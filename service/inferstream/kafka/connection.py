@@ -17,7 +17,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiokafka import errors as kafka_errors
 from aiokafka.client import AIOKafkaClient
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from inferstream.settings.tree import Kafka
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 METADATA_MAX_AGE_MS = 60_000  # how late new partitions and moved leaders are seen without an error telling us
 FIRST_BACKOFF_S = 0.2
@@ -117,8 +118,8 @@ def require_fast_client() -> None:
         ) from error
 
 
-async def start_with_retry(kafka: Kafka, start: Callable[[], Awaitable[object]], timeout_s: float) -> None:
-    """Await ``start()`` again and again until it succeeds; KafkaRefused after ``timeout_s``.
+async def start_with_retry(kafka: Kafka, start: Callable[[], Awaitable[T]], timeout_s: float) -> T:
+    """Await ``start()`` again and again until it succeeds, and give its result; KafkaRefused after ``timeout_s``.
 
     ``start`` may be called again after it has raised or was cancelled.  InferstreamError and what is no
     matter of the connection pass through.
@@ -134,8 +135,7 @@ async def start_with_retry(kafka: Kafka, start: Callable[[], Awaitable[object]],
         with _overheard() as heard:
             try:
                 async with asyncio.timeout(max(min(attempt_s, remaining_s), 0.1)):
-                    await start()
-                return
+                    return await start()
             except (KafkaError, OSError, TimeoutError) as caught:
                 error = caught
         hosts |= {host: _brief(problem) for host, problem in heard}

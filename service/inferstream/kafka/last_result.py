@@ -40,7 +40,6 @@ async def warn_of_another_model(settings: Settings, partitions: int, ours: Model
 
 async def _last_model(settings: Settings, partitions: int) -> dict[str, str] | None:
     topic = settings.output.topic
-    assert topic is not None
     consumer = AIOKafkaConsumer(
         **client_options(settings.kafka),
         enable_auto_commit=False,

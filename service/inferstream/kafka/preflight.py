@@ -30,7 +30,6 @@ class Cluster:
 
 async def inspect(settings: Settings, *, embedded: bool) -> Cluster:
     """Look at the topics; raises KafkaRefused with one line that names what is missing and what to do."""
-    assert settings.output.topic is not None and settings.dead_letter.topic is not None
     names = [*settings.input.topics, settings.output.topic, settings.dead_letter.topic]
     facts = await topic_facts(settings.kafka, names)
     missing = [name for name in names if name not in facts]
@@ -91,17 +90,13 @@ async def check(settings: Settings) -> list[str]:
     Rights: to describe the topics and to read the group's offsets.  The right to write cannot be asked for
     without writing.
     """
-    found: list[Cluster] = []
-    committed: list[int] = []
 
-    async def look() -> None:
-        found.append(await inspect(settings, embedded=False))
-        committed.append(await _committed_partitions(settings))
+    async def look() -> tuple[Cluster, int]:
+        return await inspect(settings, embedded=False), await _committed_partitions(settings)
 
-    await start_with_retry(settings.kafka, look, settings.kafka.connect_timeout_s)
-    cluster = found[0]
+    cluster, committed = await start_with_retry(settings.kafka, look, settings.kafka.connect_timeout_s)
     return [
-        f"kafka.group_id {settings.kafka.group_id}: offsets of {committed[0]} partitions are committed",
+        f"kafka.group_id {settings.kafka.group_id}: offsets of {committed} partitions are committed",
         *(f"input.topics {name}: {count} partitions" for name, count in cluster.input_partitions.items()),
         f"output.topic {settings.output.topic}: {cluster.output_partitions} partitions, "
         f"{cluster.output_limit} bytes a batch",

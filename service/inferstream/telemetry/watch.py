@@ -9,11 +9,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib import metadata
 from typing import Any
 
 from inferstream.telemetry.health import Health
 from inferstream.telemetry.metrics import Metrics
+from inferstream.version import version
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ class Watch:
         self._health = health
         self._metrics = metrics
         self._parts: tuple[Any, Any, Any] | None = None
-        packages = ("inferstream", "aiokafka", "torch", "transformers")
-        metrics.build(**{name: _version(name) for name in packages})
+        others = {name: _version(name) for name in ("aiokafka", "torch", "transformers")}
+        metrics.build(inferstream=version(), **others)
 
     def follow(self, pipeline: Any, source: Any, sink: Any) -> None:
         """From now on report on these: a Pipeline, a Source and a Sink."""
@@ -71,8 +72,7 @@ class Watch:
         }
         for stage, ratio in fills.items():
             metrics.stage_fill_ratio.labels(stage).set(ratio)
-        lags = source.lags()
-        metrics.lags(lags)
+        metrics.lags(source.lags())
         metrics.assigned_partitions.set(len(source.lanes))
 
     # ---- what the source tells
@@ -92,6 +92,6 @@ class Watch:
 
 def _version(package: str) -> str:
     try:
-        return version(package)
-    except Exception:  # a missing package is told by whoever needs it
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a missing package is told by whoever needs it
         return "unknown"

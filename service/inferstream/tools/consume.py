@@ -97,19 +97,13 @@ async def consume(
 
 
 async def _partitions(kafka: Kafka, topics: Sequence[str]) -> list[TopicPartition]:
-    found: list[TopicPartition] = []
-
-    async def look() -> None:
-        facts = await topic_facts(kafka, topics)
-        missing = [name for name in topics if name not in facts]
-        if missing:
-            raise KafkaRefused(
-                f"topic {', '.join(missing)} does not exist on {','.join(kafka.bootstrap_servers)}"
-            )
-        found[:] = [TopicPartition(name, n) for name in topics for n in range(facts[name].partitions)]
-
-    await start_with_retry(kafka, look, kafka.connect_timeout_s)
-    return found
+    facts = await start_with_retry(kafka, lambda: topic_facts(kafka, topics), kafka.connect_timeout_s)
+    missing = [name for name in topics if name not in facts]
+    if missing:
+        raise KafkaRefused(
+            f"topic {', '.join(missing)} does not exist on {','.join(kafka.bootstrap_servers)}"
+        )
+    return [TopicPartition(name, n) for name in topics for n in range(facts[name].partitions)]
 
 
 async def _seek(consumer: AIOKafkaConsumer, selection: Selection) -> None:

@@ -111,12 +111,7 @@ async def publish(settings: Settings, options: Options, counts: Counts) -> None:
 
 async def _facts(settings: Settings, topic: str) -> TopicFacts:
     kafka = settings.kafka
-    found: dict[str, TopicFacts] = {}
-
-    async def look() -> None:
-        found.update(await topic_facts(kafka, [topic]))
-
-    await start_with_retry(kafka, look, kafka.connect_timeout_s)
+    found = await start_with_retry(kafka, lambda: topic_facts(kafka, [topic]), kafka.connect_timeout_s)
     if topic not in found:
         raise KafkaRefused(
             f"topic {topic} does not exist on {','.join(kafka.bootstrap_servers)}: create it with "

@@ -83,15 +83,12 @@ async def create_topics(kafka: Kafka, topics: Sequence[Wanted], *, dry_run: bool
 
     Raises KafkaRefused when the brokers do not answer in time or refuse.
     """
-    reports: list[Report] = []
 
-    async def work() -> None:
-        reports.clear()
+    async def work() -> list[Report]:
         async with connected(kafka) as client:
-            reports.extend(await _create(client, topics, dry_run))
+            return await _create(client, topics, dry_run)
 
-    await start_with_retry(kafka, work, kafka.connect_timeout_s)
-    return reports
+    return await start_with_retry(kafka, work, kafka.connect_timeout_s)
 
 
 async def _create(client: AIOKafkaClient, topics: Sequence[Wanted], dry_run: bool) -> list[Report]:
