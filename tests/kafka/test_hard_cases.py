@@ -21,8 +21,8 @@ from tests.kafka.test_killed_in_the_middle import (
     SLOW,
     caught_up,
     documents,
+    has_results,
     make_topics,
-    results_so_far,
     until,
 )
 from tests.support.client import Kafka
@@ -169,10 +169,7 @@ async def test_member_when_it_is_stopped_past_its_session_then_nothing_is_missin
     tree = settings(kafka.bootstrap, source, target, group, SLOW)
     stopped = launch(tree)
 
-    async def started() -> bool:
-        return await results_so_far(kafka, target) > 500
-
-    await until(started, 60, "the first results")
+    await until(lambda: has_results(kafka, target, 501), 60, "the first results")
     os.kill(stopped.pid, signal.SIGSTOP)
     other = launch(tree)
     await until(lambda: caught_up(kafka, group, source), 60, "the other member to take over")

@@ -7,6 +7,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import orjson
@@ -44,6 +45,10 @@ async def results_so_far(kafka: Kafka, target: str) -> int:
     return sum((await kafka.end_offsets(target)).values())
 
 
+async def has_results(kafka: Kafka, target: str, count: int) -> bool:
+    return await results_so_far(kafka, target) >= count
+
+
 async def until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
     """Await until the (asynchronous) condition gives something true."""
     deadline = time.monotonic() + timeout_s
@@ -79,10 +84,7 @@ async def test_results_when_killed_ten_times_then_nothing_is_missing_and_order_h
         goal = before + chance.randrange(200, 2500)
         worker = launch(tree)
 
-        async def progressed(goal: int = goal) -> bool:
-            return await results_so_far(kafka, target) >= goal
-
-        await until(progressed, 60, f"{goal} results")
+        await until(partial(has_results, kafka, target, goal), 60, f"{goal} results")
         worker.kill9()
         assert await worker.ended(10) == -9
         committed = await settled(kafka, group, source)
@@ -143,10 +145,7 @@ async def test_results_when_drained_five_times_then_nothing_is_missing_and_nothi
         goal = await results_so_far(kafka, target) + chance.randrange(500, 3000)
         worker = launch(tree)
 
-        async def progressed(goal: int = goal) -> bool:
-            return await results_so_far(kafka, target) >= goal
-
-        await until(progressed, 60, f"{goal} results")
+        await until(partial(has_results, kafka, target, goal), 60, f"{goal} results")
         worker.terminate()
         assert await worker.ended(40) == 0, worker.stderr_text()[-2000:]
         assert not await caught_up(kafka, group, source), "the input ended before the drains did"
@@ -177,10 +176,7 @@ async def test_results_when_the_real_model_is_killed_then_nothing_is_missing(
     )
     worker = launch(tree)
 
-    async def progressed() -> bool:
-        return await results_so_far(kafka, target) >= 100
-
-    await until(progressed, 90, "100 results")
+    await until(lambda: has_results(kafka, target, 100), 90, "100 results")
     worker.kill9()
     await worker.ended(10)
     assert sum((await kafka.committed(group, source)).values()) < total

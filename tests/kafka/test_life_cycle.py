@@ -18,8 +18,8 @@ from tests.kafka.test_killed_in_the_middle import (
     SLOW,
     caught_up,
     documents,
+    has_results,
     make_topics,
-    results_so_far,
     until,
 )
 from tests.support.broker import Broker
@@ -193,10 +193,7 @@ async def test_second_member_when_it_joins_and_leaves_then_nothing_is_missing(
     tree = settings(kafka.bootstrap, source, target, group, SLOW)
     first = launch(tree)
 
-    async def started() -> bool:
-        return await results_so_far(kafka, target) > 500
-
-    await until(started, 60, "the first member's results")
+    await until(lambda: has_results(kafka, target, 501), 60, "the first member's results")
     second = launch(tree)
     await second.says("assigned", 60)
     second.terminate()
@@ -235,10 +232,7 @@ async def test_broker_when_killed_and_restarted_then_the_worker_recovers_by_itse
     source, target, group = await make_topics(own_broker, "outage", 20_000)
     worker = launch(settings(own_broker.bootstrap, source, target, group, SLOW))
 
-    async def started() -> bool:
-        return await results_so_far(own_broker, target) > 500
-
-    await until(started, 60, "the first results")
+    await until(lambda: has_results(own_broker, target, 501), 60, "the first results")
     own_broker.kill()
     own_broker.restart()
     await until(lambda: caught_up(own_broker, group, source), 120, "the worker to recover")
@@ -258,10 +252,7 @@ async def test_sigterm_when_the_broker_is_away_then_exits_6_within_the_deadline(
     tree["delivery"] = {**SLOW["delivery"], "drain_timeout_s": 4}
     worker = launch(tree)
 
-    async def started() -> bool:
-        return await results_so_far(own_broker, target) > 500
-
-    await until(started, 60, "the first results")
+    await until(lambda: has_results(own_broker, target, 501), 60, "the first results")
     own_broker.kill()
     worker.terminate()
     assert await worker.ended(40) == 6, worker.stderr_text()[-2000:]
