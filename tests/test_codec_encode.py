@@ -170,13 +170,6 @@ def test_embedding_when_the_vector_is_a_view_in_double_precision_then_it_is_writ
     )
 
 
-@pytest.mark.parametrize("encoding", ["json", "base64-f32", "base64-f16"])
-@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_embedding_when_a_number_is_not_finite_then_it_raises(encoding: Any, number: float) -> None:
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        Codec(encoding=encoding).embedding(np.array([0.5, number], dtype=np.float32))
-
-
 def test_embedding_when_a_number_is_too_large_for_half_precision_then_it_raises() -> None:
     with pytest.raises(ValueError, match="65,504"):
         Codec(encoding="base64-f16").embedding(np.array([70_000.0], dtype=np.float32))

@@ -14,7 +14,7 @@ import pytest
 
 from inferstream.codec import Codec
 from inferstream.device.cpu import CpuDevice
-from inferstream.documents import Kind, Outgoing
+from inferstream.documents import Document, Kind, Outgoing
 from inferstream.errors import DeviceFailed, OutOfMemory
 from inferstream.lanes import Lane, Slot
 from inferstream.pipeline import Pipeline
@@ -45,20 +45,20 @@ class HandSink:
     pipeline: Pipeline
     automatic: bool = True
     sent: list[tuple[Slot, Outgoing]] = field(default_factory=list)
-    waiting: list[tuple[Slot, Outgoing]] = field(default_factory=list)
+    waiting: list[Slot] = field(default_factory=list)
     queued: int = 0
 
     def send(self, lane: Lane, slots: Sequence[Slot]) -> None:
         for slot in slots:
             assert slot.lane is lane and slot.outcome is not None
             self.sent.append((slot, slot.outcome))
-            self.waiting.append((slot, slot.outcome))
+            self.waiting.append(slot)
         if self.automatic and slots:
             asyncio.get_running_loop().call_soon(self.acknowledge)
 
     def acknowledge(self) -> None:
-        entries, self.waiting = self.waiting, []
-        self.pipeline.acknowledged(entries)
+        slots, self.waiting = self.waiting, []
+        self.pipeline.acknowledged(slots)
 
     def forget_dropped(self) -> None:
         return
@@ -309,6 +309,53 @@ async def test_chunked_document_when_each_of_its_chunks_fails_then_it_is_one_dea
     await until(lambda: not len(lane) and pipeline.stage.idle)
     assert [out.kind for _, out in sink.sent] == [Kind.DEAD_LETTER] * 2
     assert build.failures == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("bad_chunk", [0, 3, -1])
+async def test_chunked_document_when_one_of_its_chunks_fails_then_its_mates_are_delivered(
+    build: Build, bad_chunk: int
+) -> None:
+    bad: list[bytes] = []
+
+    def fail_on_one(items: Sequence[bytes]) -> None:
+        if bad[0] in items:
+            raise RuntimeError("no")
+
+    pipeline, sink, _ = build(fail_on_one)
+    pipeline._task = HashTask(64, "chunk", 1000, pipeline._codec.embedding)
+    text = " ".join(map(str, range(1000)))
+    bad.append(pipeline._task.prepare([Document("0", text)])[0].chunks[bad_chunk])  # type: ignore[union-attr]
+    pipeline.window.max_tokens = 256
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(0, text), record(1), record(2, text + " and more")])
+    await until(lambda: not len(lane) and pipeline.stage.idle)
+    assert [slot.offset for slot, out in sink.sent if out.kind is Kind.DEAD_LETTER][:1] == [0]
+    assert sink.sent[1][1].kind is Kind.RESULT
+    assert build.failures == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("text", ["poison", "long " * 400], ids=["whole", "chunked"])
+async def test_model_when_it_gives_numbers_that_are_not_finite_then_only_that_document_is_a_dead_letter(
+    build: Build, text: str, number: float
+) -> None:
+    pipeline, sink, runner = build()
+    pipeline._task = task = HashTask(64, "chunk", 1000, pipeline._codec.embedding)
+    bad = task.prepare([Document("0", text)])[0].chunks[-1]  # type: ignore[union-attr]
+    healthy = runner.run
+
+    def spoil(items: Sequence[Any]) -> np.ndarray:
+        rows = healthy(items)
+        rows[[item == bad for item in items], 2] = number
+        return rows
+
+    runner.run = spoil  # type: ignore[method-assign]
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n, text if n == 4 else None) for n in range(8)])
+    await until(lambda: not len(lane))
+    dead = [(slot.offset, dict(out.headers)) for slot, out in sink.sent if out.kind is Kind.DEAD_LETTER]
+    assert [offset for offset, _ in dead] == [4] and len(sink.sent) == 8
+    assert dead[0][1]["inferstream.error.reason"] == b"model_error"
 
 
 async def test_device_when_it_gives_too_few_rows_then_each_document_is_a_dead_letter(build: Build) -> None:

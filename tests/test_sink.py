@@ -85,12 +85,14 @@ class Broker:
 
     # as the pipeline
 
-    def acknowledged(self, entries: list[tuple[Slot, Outgoing]]) -> None:
-        for slot, _ in entries:
+    def acknowledged(self, slots: list[Slot]) -> None:
+        for slot in slots:
             if slot.lane.acknowledge(slot):
                 self.acknowledged_slots.append(slot)
 
-    def refused(self, slot: Slot, outgoing: Outgoing, error: KafkaError) -> Outgoing:
+    def refused(self, slot: Slot, error: KafkaError) -> Outgoing:
+        outgoing = slot.outcome
+        assert outgoing is not None
         if outgoing.kind is Kind.DEAD_LETTER:
             raise DeadLetterRefused("too large")
         return Outgoing(Kind.DEAD_LETTER, outgoing.key, outgoing.value, ())

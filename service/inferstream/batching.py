@@ -78,17 +78,22 @@ class Window:
         # One deque per length class, each in arrival order; a padding-free window needs only one.
         self._buckets: list[deque[Item]] = [deque()]
 
-    def add(self, item: Item) -> None:
-        """Let a piece wait for its batch; it is the youngest from now on."""
-        item.order = self._order
-        self._order += 1
-        number = self.class_of(item.length) if self.padded else 0
-        buckets = self._buckets
-        while number >= len(buckets):
-            buckets.append(deque())
-        buckets[number].append(item)
-        self.tokens += item.length
-        self._count += 1
+    def add(self, *items: Item) -> None:
+        """Let pieces wait for their batch; they are the youngest from now on, in the order given."""
+        order, buckets, class_of, padded = self._order, self._buckets, self.class_of, self.padded
+        first, tokens = order, 0
+        for item in items:
+            item.order = order
+            order += 1
+            length = item.length
+            tokens += length
+            number = class_of(length) if padded else 0
+            while number >= len(buckets):
+                buckets.append(deque())
+            buckets[number].append(item)
+        self._order = order
+        self._count += order - first
+        self.tokens += tokens
 
     def __len__(self) -> int:
         return self._count
@@ -167,20 +172,22 @@ class Window:
         # a longer one pads all the others.
         for distance in range(1, len(buckets)):
             for number in (anchor - distance, anchor + distance):
-                if (len(batch) + 1) * longest > self.max_tokens or len(batch) >= self.max_items:
-                    return batch
-                if 0 <= number < len(buckets):
+                if 0 <= number < len(buckets) and buckets[number]:
+                    if (len(batch) + 1) * longest > self.max_tokens or len(batch) >= self.max_items:
+                        return batch
                     longest = self._fill(batch, longest, number)
         return batch
 
     def _fill(self, batch: list[Item], longest: int, number: int) -> int:
         """Move what fits of a class into the batch, oldest first; returns the batch's longest length."""
         bucket = self._buckets[number]
-        count = len(batch)
-        while bucket and count < self.max_items:
-            length = max(longest, bucket[0].length)
+        count, max_items, max_tokens = len(batch), self.max_items, self.max_tokens
+        while bucket and count < max_items:
+            length = bucket[0].length
+            if length < longest:
+                length = longest
             count += 1
-            if count * length > self.max_tokens:
+            if count * length > max_tokens:
                 break
             longest = length
             batch.append(bucket.popleft())

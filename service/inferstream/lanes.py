@@ -41,7 +41,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Final
 
-from inferstream.documents import Outgoing, Record
+from inferstream.documents import Outgoing, Prepared, Record
 
 ADMITTED: Final = 0
 COMPLETED: Final = 1
@@ -58,12 +58,13 @@ class Slot:
     """One admitted record on its way to the broker's acknowledgement.
 
     ``weight`` (bytes) and ``tokens`` are what the slot holds of the shared credit at the moment; whoever
-    changes the credit changes them.  ``outcome`` is set from COMPLETED until ACKNOWLEDGED.  Then record
-    and outcome are let go, because the slot may have to stay behind an un-acknowledged head while its credit
-    is already someone else's.
+    changes the credit changes them.  ``prepared`` is set until COMPLETED, and for a document of several chunks
+    so is ``rows``, one per chunk, None until it is there; ``outcome`` is set from COMPLETED until ACKNOWLEDGED.
+    What is not needed any more is let go at once, because the slot may have to stay behind an un-acknowledged
+    head while its credit is already someone else's.
     """
 
-    __slots__ = ("lane", "offset", "outcome", "record", "state", "tokens", "weight")
+    __slots__ = ("lane", "offset", "outcome", "prepared", "record", "rows", "state", "tokens", "weight")
 
     def __init__(self, lane: Lane, record: Record, offset: int, weight: int) -> None:
         self.lane = lane
@@ -71,6 +72,8 @@ class Slot:
         self.offset = offset
         self.weight = weight
         self.tokens = 0
+        self.prepared: Prepared | None = None
+        self.rows: list[Any] | None = None
         self.outcome: Outgoing | None = None
         self.state = ADMITTED
 
@@ -162,6 +165,9 @@ class Lane:
             if slot.lane is self and slot.state == DROPPED:
                 return False
             raise ValueError(f"{slot!r} cannot be completed in {self!r}")
+        slot.prepared = None
+        if slot.rows:
+            slot.rows = []  # not None: a worker thread may still come with a row of a chunked document
         slot.outcome = outcome
         slot.state = COMPLETED
         self._completed += 1

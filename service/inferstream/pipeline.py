@@ -41,23 +41,11 @@ from inferstream.workers import FINISH, PREPARE, Workers
 
 log = logging.getLogger(__name__)
 
-CHUNK_RECORDS = 64  # what one worker prepares at a time: large enough to pay for the hand-over,
-CHUNK_BYTES = 256 * 1024  # small enough that a chunk of long documents does not hold its mates back
+CHUNK_RECORDS = 256  # what one worker prepares at a time: large enough to pay for the hand-over,
+CHUNK_BYTES = 64 * 1024  # small enough that tokenising it (some ms) does not hold its mates back
 RECORD_OVERHEAD = 512  # host memory of a record's objects beside its bytes
 CLOSING_SHARE = 0.7  # of the time a closing has, how much is planned with: estimates err
 RATE_MEMORY = 0.9  # exponential memory of the measured seconds per document, per batch
-
-
-class Job:
-    """A prepared document under way: its rows arrive chunk by chunk, from one batch or several."""
-
-    __slots__ = ("missing", "prepared", "rows", "slot")
-
-    def __init__(self, slot: Slot, prepared: Prepared) -> None:
-        self.slot = slot
-        self.prepared = prepared
-        self.rows: list[Any] = [None] * len(prepared.chunks)
-        self.missing = len(prepared.chunks)
 
 
 class Pipeline:
@@ -150,10 +138,14 @@ class Pipeline:
 
     # ---- prepare
 
-    def _prepare(self, chunk: list[Slot]) -> list[tuple[Slot, Prepared | Outgoing]]:
-        """In a worker thread: decode and tokenise; what cannot be becomes a dead letter."""
+    def _prepare(self, chunk: list[Slot]) -> tuple[list[Slot], list[Item], list[tuple[Slot, Outgoing]]]:
+        """In a worker thread: decode and tokenise; what cannot be becomes a dead letter.
+
+        Gives the chunk back, with what goes to the device and what does not.
+        """
         started = time.perf_counter()
-        answers: list[tuple[Slot, Prepared | Outgoing]] = []
+        items: list[Item] = []
+        answers: list[tuple[Slot, Outgoing]] = []
         slots: list[Slot] = []
         documents: list[Document] = []
         for slot in chunk:
@@ -165,13 +157,21 @@ class Pipeline:
                 answers.append((slot, self._codec.dead_letter(slot.record, decoded)))
             else:
                 answers.append((slot, decoded))
-        for slot, prepared in zip(slots, self._prepare_documents(documents), strict=True):
+        answered = self._prepare_documents(documents)
+        now = time.monotonic()
+        for slot, prepared in zip(slots, answered, strict=True):
             if isinstance(prepared, Rejected):
                 answers.append((slot, self._codec.dead_letter(slot.record, prepared)))
-            else:
-                answers.append((slot, prepared))
+                continue
+            slot.prepared = prepared
+            if len(prepared.chunks) == 1:
+                items.append(Item(slot, 0, prepared.lengths[0], now, prepared.chunks[0]))
+                continue
+            slot.rows = [None] * len(prepared.chunks)
+            for index, (piece, length) in enumerate(zip(prepared.chunks, prepared.lengths, strict=True)):
+                items.append(Item(slot, index, length, now, piece))
         self._metrics.stage_seconds("prepare", time.perf_counter() - started)
-        return answers
+        return chunk, items, answers
 
     def _decode(self, record: Record) -> Document | Rejected | Outgoing:
         try:
@@ -193,30 +193,26 @@ class Pipeline:
         # one of them is bad: alone, it harms only itself
         return [answer for document in documents for answer in self._prepare_documents([document])]
 
-    def _prepared(self, answers: list[tuple[Slot, Prepared | Outgoing]]) -> None:
-        now = time.monotonic()
-        self.unprepared -= len(answers)
-        rejected: list[tuple[Slot, Outgoing]] = []
+    def _prepared(self, answer: tuple[list[Slot], list[Item], list[tuple[Slot, Outgoing]]]) -> None:
+        chunk, items, rejected = answer
+        self.unprepared -= len(chunk)
         gained = tokens = count = 0  # a chunk is of one lane, so its credit is changed once
-        add = self.window.add
-        for slot, answer in answers:
-            if slot.state == DROPPED:
+        for slot in chunk:
+            prepared = slot.prepared
+            if prepared is None or slot.state == DROPPED:
                 continue
-            if isinstance(answer, Outgoing):
-                rejected.append((slot, answer))
-                continue
-            job = Job(slot, answer)
-            for index, (chunk, length) in enumerate(zip(answer.chunks, answer.lengths, strict=True)):
-                add(Item(job, index, length, now, chunk))
-                slot.tokens += length
-            weight = RECORD_OVERHEAD + answer.weight
+            weight = RECORD_OVERHEAD + prepared.weight
             if weight > slot.weight:
                 gained += weight - slot.weight
                 slot.weight = weight
+            slot.tokens = sum(prepared.lengths)
             tokens += slot.tokens
             count += 1
         if count:
-            self.credit.reweigh(answers[0][0].lane, 0, gained, tokens, count)
+            if count + len(rejected) < len(chunk):  # some were dropped meanwhile
+                items = [item for item in items if item.owner.state != DROPPED]
+            self.window.add(*items)
+            self.credit.reweigh(chunk[0].lane, 0, gained, tokens, count)
         if rejected:
             self._finished(rejected)
         self._dispatch()
@@ -259,15 +255,7 @@ class Pipeline:
             self._failed(error)
 
     def batch_done(self, items: Sequence[Item], rows: np.ndarray) -> None:
-        finished: list[Job] = []
-        for item, row in zip(items, rows, strict=True):
-            job: Job = item.owner
-            job.rows[item.index] = row
-            job.missing -= 1
-            if not job.missing and job.slot.state != DROPPED:
-                finished.append(job)
-        if finished:
-            self.workers.submit(FINISH, self._finish, finished, self._finished)
+        self.workers.submit(FINISH, self._finish, (items, rows), self._batch_finished)
         if self.stage.items:
             spent = self.stage.busy_s / self.stage.lanes / self.stage.items
             self._seconds_per_document = (
@@ -279,8 +267,7 @@ class Pipeline:
             self.window.max_tokens += max(1, self._full_tokens // 200)
 
     def item_failed(self, item: Item, error: BaseException) -> None:
-        job: Job = item.owner
-        slot = job.slot
+        slot: Slot = item.owner
         if slot.state != ADMITTED:  # dropped, or another chunk of the document failed before
             return
         if isinstance(error, OutOfMemory):
@@ -297,8 +284,8 @@ class Pipeline:
                 f"the model raised {type(error).__name__} on this document alone",
                 Stage.DEVICE,
             )
-        if len(job.rows) > 1:
-            self.window.discard(lambda other: other.owner is job)
+        if slot.rows is not None:
+            self.window.discard(lambda other: other.owner is slot)
         self._finished([(slot, self._codec.dead_letter(slot.record, rejected))])
 
     def out_of_memory(self, items: Sequence[Item]) -> None:
@@ -311,17 +298,53 @@ class Pipeline:
 
     # ---- finish
 
-    def _finish(self, jobs: list[Job]) -> list[tuple[Slot, Outgoing]]:
-        """In a worker thread: from rows to serialised results."""
+    def _finish(
+        self, batch: tuple[Sequence[Item], np.ndarray]
+    ) -> tuple[list[tuple[Slot, Outgoing]], list[tuple[Item, np.ndarray]]]:
+        """In a worker thread: from rows to serialised results; rows of chunked documents come back as they are."""
         started = time.perf_counter()
-        answers = [(job.slot, self._finish_one(job)) for job in jobs]
+        items, rows = batch
+        finite = bool(np.isfinite(rows).all())
+        answers: list[tuple[Slot, Outgoing]] = []
+        parts: list[tuple[Item, np.ndarray]] = []
+        for n, item in enumerate(items):
+            slot: Slot = item.owner
+            if slot.state != ADMITTED:
+                continue  # dropped; the event loop looks again
+            if slot.rows is None:
+                answers.append((slot, self._finish_one(slot, rows[n : n + 1], finite)))
+            else:
+                parts.append((item, rows[n].copy()))  # not a view: it must not keep the batch alive
         self._metrics.stage_seconds("finish", time.perf_counter() - started)
-        return answers
+        return answers, parts
 
-    def _finish_one(self, job: Job) -> Outgoing:
-        record, prepared = job.slot.record, job.prepared
+    def _batch_finished(
+        self, answer: tuple[list[tuple[Slot, Outgoing]], list[tuple[Item, np.ndarray]]]
+    ) -> None:
+        answers, parts = answer
+        for item, row in parts:
+            slot: Slot = item.owner
+            if slot.state != ADMITTED:
+                continue  # dropped, or another of its chunks failed
+            assert slot.rows is not None
+            slot.rows[item.index] = row
+            if all(row is not None for row in slot.rows):
+                self.workers.submit(FINISH, self._finish_chunked, slot, self._finished)
+        self._finished(answers)
+
+    def _finish_chunked(self, slot: Slot) -> list[tuple[Slot, Outgoing]]:
+        return [(slot, self._finish_one(slot, np.stack(slot.rows or []), finite=False))]
+
+    def _finish_one(self, slot: Slot, rows: np.ndarray, finite: bool) -> Outgoing:
+        """The result of a document from its rows, shape [chunks, width]; a dead letter if there is none.
+
+        ``finite``: the rows are known to hold no NaN and no infinity, which JSON would turn into null in silence.
+        """
+        record, prepared = slot.record, slot.prepared
         try:
-            rows = job.rows[0][None, :] if len(job.rows) == 1 else np.stack(job.rows)
+            assert prepared is not None
+            if not finite and not np.isfinite(rows).all():
+                raise ValueError("the model gave NaN or infinity")
             output = self._task.output(prepared, rows)
             result = self._codec.result(record, prepared, self._task.name, self._task.model, output)
         except Exception as error:
@@ -366,11 +389,12 @@ class Pipeline:
     def _uncommitted_share(self) -> int:
         return max(1, self._max_uncommitted // max(1, len(self._lanes)))
 
-    def acknowledged(self, entries: list[tuple[Slot, Outgoing]]) -> None:
+    def acknowledged(self, slots: list[Slot]) -> None:
         now_ms = time.time() * 1000
         ages: list[float] = []
         given: dict[Lane, list[int]] = {}
-        for slot, _ in entries:
+        self._metrics.published(slot.outcome for slot in slots if slot.outcome is not None)
+        for slot in slots:
             if slot.state == DROPPED:
                 continue
             ages.append((now_ms - slot.record.timestamp) / 1000)
@@ -386,14 +410,14 @@ class Pipeline:
             self.credit.give(lane, weight, 0, count)
             if 2 * (lane.settled - self._committed[lane]) >= share:
                 self.commit_due.set()
-        self._metrics.published(outgoing for _, outgoing in entries)
         self._metrics.end_to_end(ages)
         self._credit_freed.set()
         self._moved.set()
 
-    def refused(self, slot: Slot, outgoing: Outgoing, error: KafkaError) -> Outgoing:
-        """The broker will never take this record: a result is dead-lettered; a dead letter stripped, or the end."""
-        record = slot.record
+    def refused(self, slot: Slot, error: KafkaError) -> Outgoing:
+        """The broker will never take this outcome: a result is dead-lettered; a dead letter stripped, or the end."""
+        record, outgoing = slot.record, slot.outcome
+        assert outgoing is not None
         where = f"{record.topic}:{record.partition}:{record.offset}"
         if outgoing.kind is not Kind.DEAD_LETTER:
             rejected = Rejected(
@@ -469,8 +493,8 @@ class Pipeline:
             self.credit.give(lane, slot.weight, slot.tokens)
 
     def _forget_dropped(self) -> None:
-        self.window.discard(lambda item: item.owner.slot.state == DROPPED)
-        self.stage.discard(lambda item: item.owner.slot.state == DROPPED)
+        self.window.discard(lambda item: item.owner.state == DROPPED)
+        self.stage.discard(lambda item: item.owner.state == DROPPED)
         if self.sink is not None:
             self.sink.forget_dropped()
         self._credit_freed.set()

@@ -58,10 +58,10 @@ class OutputTopic:
 class Acknowledgements(Protocol):
     """Who hears what became of a record, on the event loop."""
 
-    def acknowledged(self, slots: list[tuple[Slot, Outgoing]]) -> None: ...
+    def acknowledged(self, slots: list[Slot]) -> None: ...
 
-    def refused(self, slot: Slot, outgoing: Outgoing, error: KafkaError) -> Outgoing:
-        """A record that the broker will never take: what to send instead.  Raises to end the process."""
+    def refused(self, slot: Slot, error: KafkaError) -> Outgoing:
+        """An outcome that the broker will never take: what to send instead.  Raises to end the process."""
         ...
 
 
@@ -72,7 +72,7 @@ class _Sender:
         self._sink = sink
         self._topic = topic
         self._partition = partition
-        self.queue: deque[tuple[Slot, Outgoing]] = deque()
+        self.queue: deque[Slot] = deque()
         self.sending = 0  # how many at the head of the queue are with the producer
         self._limit = 0  # at most this many records in the next batch; 0 = no limit (no refusal under way)
         self._strikes = 0  # how often the record at the head was refused alone
@@ -80,15 +80,15 @@ class _Sender:
         self._wake = asyncio.Event()
         self.task = asyncio.create_task(self._run(), name=f"send-{topic.name}-{partition}")
 
-    def put(self, slot: Slot, outgoing: Outgoing) -> None:
-        self.queue.append((slot, outgoing))
+    def put(self, slots: Sequence[Slot]) -> None:
+        self.queue.extend(slots)
         if not self._wake.is_set():
             self._wake.set()
 
     def forget_dropped(self) -> None:
         """Take out what was not handed to the producer and belongs to an ended epoch."""
         handed = self.sending
-        kept = [entry for n, entry in enumerate(self.queue) if n < handed or entry[0].state != DROPPED]
+        kept = [slot for n, slot in enumerate(self.queue) if n < handed or slot.state != DROPPED]
         if self._strikes and kept[:1] != [self.queue[0]]:
             self._strikes = 0  # they were the dropped record's
         self.queue = deque(kept)
@@ -108,7 +108,9 @@ class _Sender:
         limit = min(BATCH_BYTES, self._topic.max_message_bytes - BATCH_OVERHEAD)
         now = int(time.time() * 1000)  # a record's timestamp is its production time
         size = count = 0
-        for _, outgoing in self.queue:
+        for slot in self.queue:
+            outgoing = slot.outcome
+            assert outgoing is not None  # it was released and is not acknowledged
             grown = size + outgoing.size
             if count and (grown > limit or count == self._limit):
                 break
@@ -132,11 +134,11 @@ class _Sender:
                 self._sink.replace(producer)
             later = self._failed(error, count)
         else:
-            entries = [self.queue.popleft() for _ in range(count)]
+            sent = [self.queue.popleft() for _ in range(count)]
             self._limit = max(0, self._limit - count)
             self._strikes = 0
             self._refused_since = None
-            self._sink.acknowledged(entries)
+            self._sink.acknowledged(sent)
         finally:
             self.sending = 0
             self._sink.came_back()
@@ -163,8 +165,7 @@ class _Sender:
         if self._strikes < (UNKNOWN_ERROR_STRIKES if isinstance(error, UnknownError) else 1):
             return True
         self._strikes = self._limit = 0
-        slot, outgoing = self.queue.popleft()
-        self._sink.reroute(slot, outgoing, error)
+        self._sink.reroute(self.queue.popleft(), error)
         return False
 
     def _count_refusal(self, error: KafkaError, where: str) -> None:
@@ -226,17 +227,20 @@ class Sink:
         """Queue a lane's released run, each record behind what its partition was given before."""
         # Usually all results of a lane go to the partition of its number.
         own = self._sender(self._output, lane.partition) if self._aligned(lane, self._output) else None
+        run: list[Slot] = []
         for slot in slots:
             outgoing = slot.outcome
             assert outgoing is not None  # it was released
             if own is not None and outgoing.kind is not Kind.DEAD_LETTER:
-                own.put(slot, outgoing)
+                run.append(slot)
             else:
                 self._queue(slot, outgoing)
+        if own is not None and run:
+            own.put(run)
 
     def _queue(self, slot: Slot, outgoing: Outgoing) -> None:
         topic = self._dead_letters if outgoing.kind is Kind.DEAD_LETTER else self._output
-        self._sender(topic, self._partition(slot.lane, outgoing, topic)).put(slot, outgoing)
+        self._sender(topic, self._partition(slot.lane, outgoing, topic)).put((slot,))
 
     def _sender(self, topic: OutputTopic, partition: int) -> _Sender:
         sender = self._senders.get((topic.name, partition))
@@ -264,12 +268,13 @@ class Sink:
         if not self._in_flight:
             self._quiet.set()
 
-    def acknowledged(self, entries: list[tuple[Slot, Outgoing]]) -> None:
-        self._acknowledgements.acknowledged(entries)
+    def acknowledged(self, slots: list[Slot]) -> None:
+        self._acknowledgements.acknowledged(slots)
 
-    def reroute(self, slot: Slot, outgoing: Outgoing, error: KafkaError) -> None:
+    def reroute(self, slot: Slot, error: KafkaError) -> None:
         if slot.state != DROPPED:
-            self._queue(slot, self._acknowledgements.refused(slot, outgoing, error))
+            slot.outcome = self._acknowledgements.refused(slot, error)
+            self._queue(slot, slot.outcome)
 
     def replace(self, producer: AIOKafkaProducer) -> None:
         """Throw the producer away, once, and make a new one."""
