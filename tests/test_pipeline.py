@@ -21,6 +21,7 @@ from inferstream.pipeline import Pipeline
 from inferstream.settings import load_settings, resolve
 from inferstream.tasks.hash import HashRunner, HashTask, digest
 from inferstream.telemetry.metrics import Metrics
+from inferstream.telemetry.timeline import Timeline
 
 DEADLINE_S = 20.0
 
@@ -100,7 +101,9 @@ async def build() -> AsyncIterator[Build]:
         codec = Codec.from_settings(settings)
         runner = Runner(misbehave)
         task = HashTask(8192, "truncate", 16, codec.embedding)
-        pipeline = Pipeline(settings, codec, task, CpuDevice(runner, threads), Metrics(), failures.append)
+        pipeline = Pipeline(
+            settings, codec, task, CpuDevice(runner, threads), Metrics(), Timeline(), failures.append
+        )
         sink = HandSink(pipeline)
         pipeline.sink = sink  # type: ignore[assignment]  # only what the pipeline calls
         pipelines.append(pipeline)

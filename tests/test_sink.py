@@ -22,6 +22,7 @@ from inferstream.errors import DeadLetterRefused, KafkaRefused
 from inferstream.kafka import sink as module
 from inferstream.kafka.sink import OutputTopic, Sink
 from inferstream.lanes import Lane, Slot
+from inferstream.telemetry.timeline import Timeline
 
 DEADLINE_S = 10.0
 Answer = Callable[[str, int, list[bytes]], KafkaError | None]
@@ -115,6 +116,7 @@ async def build(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Build]:
             {"in": inputs},
             broker,
             broker.failures.append,
+            Timeline(),
         )
         sinks.append(sink)
         return sink, broker

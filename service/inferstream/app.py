@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaProducer
@@ -33,6 +34,7 @@ from inferstream.pipeline import Pipeline
 from inferstream.settings import Settings
 from inferstream.telemetry.health import Health, HealthServer
 from inferstream.telemetry.metrics import Metrics
+from inferstream.telemetry.timeline import Timeline, TraceFile
 from inferstream.telemetry.watch import Watch
 from inferstream.watchdog import Watchdog
 
@@ -60,12 +62,14 @@ async def run(
     load_model: Callable[[Settings, Callable[..., dict[str, Any]]], Loaded] = load,
     started: Callable[[Worker], Awaitable[None] | None] | None = None,
     stop: asyncio.Event | None = None,
+    trace: Path | None = None,
 ) -> None:
     """Run one worker until it is told to stop; raises InferstreamError with the exit code.
 
     ``settings`` are resolved.  ``load_model`` and ``started`` are there for benchmarks, which bring their own
-    device; ``stop`` ends the worker as SIGTERM does.
+    device; ``stop`` ends the worker as SIGTERM does.  ``trace`` is the file for a trace of the stages.
     """
+    recording = TraceFile(trace) if trace is not None else None
     stopping = stop or asyncio.Event()
     _handle_signals(stopping)
     metrics = Metrics()
@@ -75,8 +79,11 @@ async def run(
     watch = Watch(health, metrics)
     beat = asyncio.create_task(watch.run(), name="heartbeat")
     try:
-        await _run(settings, embedded, load_model, started, stopping, metrics, health, watch)
+        timeline = Timeline(metrics.stage_seconds, recording)
+        await _run(settings, embedded, load_model, started, stopping, metrics, timeline, health, watch)
     finally:
+        if recording is not None:
+            recording.close()
         beat.cancel()
         server.stop()
 
@@ -88,6 +95,7 @@ async def _run(
     started: Callable[[Worker], Awaitable[None] | None] | None,
     stopping: asyncio.Event,
     metrics: Metrics,
+    timeline: Timeline,
     health: Health,
     watch: Watch,
 ) -> None:
@@ -113,9 +121,9 @@ async def _run(
         if not failure.done():
             failure.set_exception(error)
 
-    pipeline = Pipeline(settings, codec, loaded.task, loaded.device, metrics, failed)
-    source = Source(settings, pipeline, watch)
-    sink = make_sink(settings, cluster, pipeline, failed)
+    pipeline = Pipeline(settings, codec, loaded.task, loaded.device, metrics, timeline, failed)
+    source = Source(settings, pipeline, watch, timeline)
+    sink = make_sink(settings, cluster, pipeline, failed, timeline)
     pipeline.sink = sink
     watch.follow(pipeline, source, sink)
     duties: list[asyncio.Future[Any]] = [failure, source.failures()]
@@ -176,7 +184,11 @@ def _calm_the_garbage_collector() -> None:
 
 
 def make_sink(
-    settings: Settings, cluster: Cluster, pipeline: Pipeline, failed: Callable[[BaseException], None]
+    settings: Settings,
+    cluster: Cluster,
+    pipeline: Pipeline,
+    failed: Callable[[BaseException], None],
+    timeline: Timeline,
 ) -> Sink:
 
     def make_producer() -> AIOKafkaProducer:
@@ -196,6 +208,7 @@ def make_sink(
         cluster.input_partitions,
         pipeline,
         failed,
+        timeline,
     )
 
 

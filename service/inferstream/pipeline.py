@@ -37,6 +37,7 @@ from inferstream.lanes import ADMITTED, DROPPED, Lane, Slot
 from inferstream.settings import Settings
 from inferstream.tasks import Task
 from inferstream.telemetry.metrics import Metrics
+from inferstream.telemetry.timeline import Timeline
 from inferstream.workers import FINISH, PREPARE, Workers
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Pipeline:
         task: Task,
         device: Device,
         metrics: Metrics,
+        timeline: Timeline,
         failed: Callable[[BaseException], None],
     ) -> None:
         loop = asyncio.get_running_loop()
@@ -82,8 +84,8 @@ class Pipeline:
             settings.kafka.max_partition_fetch_bytes,
         )
         self.window = Window(settings.batch.max_tokens)
-        self.workers = Workers(settings.prepare.threads, loop, failed)
-        self.stage = DeviceStage(device, self, loop)
+        self.workers = Workers(settings.prepare.threads, loop, failed, timeline)
+        self.stage = DeviceStage(device, self, loop, timeline)
         self.sink: Sink | None = None
         self._lanes: set[Lane] = set()
         self._closing: set[Lane] = set()
@@ -143,7 +145,6 @@ class Pipeline:
 
         Gives the chunk back, with what goes to the device and what does not.
         """
-        started = time.perf_counter()
         items: list[Item] = []
         answers: list[tuple[Slot, Outgoing]] = []
         slots: list[Slot] = []
@@ -170,7 +171,6 @@ class Pipeline:
             slot.rows = [None] * len(prepared.chunks)
             for index, (piece, length) in enumerate(zip(prepared.chunks, prepared.lengths, strict=True)):
                 items.append(Item(slot, index, length, now, piece))
-        self._metrics.stage_seconds("prepare", time.perf_counter() - started)
         return chunk, items, answers
 
     def _decode(self, record: Record) -> Document | Rejected | Outgoing:
@@ -257,7 +257,7 @@ class Pipeline:
     def batch_done(self, items: Sequence[Item], rows: np.ndarray) -> None:
         self.workers.submit(FINISH, self._finish, (items, rows), self._batch_finished)
         if self.stage.items:
-            spent = self.stage.busy_s / self.stage.lanes / self.stage.items
+            spent = self.stage.occupied_s / self.stage.lanes / self.stage.items
             self._seconds_per_document = (
                 RATE_MEMORY * self._seconds_per_document + (1 - RATE_MEMORY) * spent
                 if self._seconds_per_document
@@ -302,7 +302,6 @@ class Pipeline:
         self, batch: tuple[Sequence[Item], np.ndarray]
     ) -> tuple[list[tuple[Slot, Outgoing]], list[tuple[Item, np.ndarray]]]:
         """In a worker thread: from rows to serialised results; rows of chunked documents come back as they are."""
-        started = time.perf_counter()
         items, rows = batch
         finite = bool(np.isfinite(rows).all())
         answers: list[tuple[Slot, Outgoing]] = []
@@ -315,7 +314,6 @@ class Pipeline:
                 answers.append((slot, self._finish_one(slot, rows[n : n + 1], finite)))
             else:
                 parts.append((item, rows[n].copy()))  # not a view: it must not keep the batch alive
-        self._metrics.stage_seconds("finish", time.perf_counter() - started)
         return answers, parts
 
     def _batch_finished(

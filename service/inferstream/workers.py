@@ -14,7 +14,10 @@ from collections.abc import Callable
 from queue import PriorityQueue
 from typing import Any
 
+from inferstream.telemetry.timeline import Stage, Timeline
+
 FINISH, PREPARE, STOP = 0, 1, 2
+STAGES: tuple[Stage, Stage] = ("finish", "prepare")
 
 
 class Workers:
@@ -24,10 +27,15 @@ class Workers:
     """
 
     def __init__(
-        self, threads: int, loop: asyncio.AbstractEventLoop, failed: Callable[[BaseException], None]
+        self,
+        threads: int,
+        loop: asyncio.AbstractEventLoop,
+        failed: Callable[[BaseException], None],
+        timeline: Timeline,
     ) -> None:
         self._loop = loop
         self._failed = failed
+        self._timeline = timeline
         self._order = itertools.count()
         self._queue: PriorityQueue[
             tuple[int, int, Callable[[Any], Any] | None, Any, Callable[[Any], None] | None]
@@ -58,11 +66,12 @@ class Workers:
             thread.join(timeout_s)
 
     def _run(self) -> None:
+        track = threading.current_thread().name
         while True:
             priority, _, work, argument, done = self._queue.get()
             if work is None or done is None:
                 return
-            started = time.thread_time()
+            started, cpu = time.monotonic(), time.thread_time()
             try:
                 result = work(argument)
             except Exception as error:
@@ -71,7 +80,8 @@ class Workers:
             except BaseException as error:  # SystemExit would end the process with its own exit code
                 self._call(self._failed, RuntimeError(f"a worker thread was told to exit: {error!r}"))
                 continue
-            self.cpu_s[priority] += time.thread_time() - started
+            self.cpu_s[priority] += time.thread_time() - cpu
+            self._timeline.span(track, STAGES[priority], started, time.monotonic())
             self._call(self._deliver, (done, result))
 
     def _deliver(self, answer: tuple[Callable[[Any], None], Any]) -> None:

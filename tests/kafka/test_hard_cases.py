@@ -17,6 +17,7 @@ from aiokafka.partitioner import murmur2
 from inferstream.kafka.source import Source
 from inferstream.lanes import Lane
 from inferstream.settings import load_settings, resolve
+from inferstream.telemetry.timeline import Timeline
 from tests.kafka.test_killed_in_the_middle import (
     SLOW,
     caught_up,
@@ -85,7 +86,7 @@ async def devouring(kafka: Kafka) -> AsyncIterator[tuple[Source, Devourer, str, 
         "model.id": "builtin:hash",
     }
     intake = Devourer()
-    source = Source(resolve(load_settings((), {}, flags).settings, "hash", 2), intake, intake)
+    source = Source(resolve(load_settings((), {}, flags).settings, "hash", 2), intake, intake, Timeline())
     await source.start()
     source.subscribe()
     polling = asyncio.create_task(source.run())

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+
+
+class Span(NamedTuple):
+    """One step of a batch on ``track`` (a compute thread, a stream), in monotonic seconds."""
+
+    track: str
+    step: Literal["h2d", "compute", "d2h"]
+    start: float
+    end: float
 
 
 @dataclass(frozen=True, slots=True)
 class Flight:
     """A batch that has ended: its rows (shape [items, width], float32) or the error it raised.
 
-    ``busy_s`` is the time it occupied the device, in seconds.
+    ``busy_s`` is the time the device computed for it, in seconds; ``spans`` are its steps, as far as they are
+    known.
     """
 
     slot: int
     rows: np.ndarray | None
     error: BaseException | None
     busy_s: float
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def occupied_s(self) -> float:
+        """How long the batch kept its lane of the device, in seconds: on a CPU others may run meanwhile."""
+        return next((span.end - span.start for span in self.spans if span.step == "compute"), self.busy_s)
 
 
 class Device(Protocol):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Any
 
-from inferstream.device import Flight, Runner
+from inferstream.device import Flight, Runner, Span
 
 STAGED = 1
 """Batches staged beyond those that compute.
@@ -26,7 +26,8 @@ of a batch of a hundred; a second staged batch would cost every document a batch
 class CpuDevice:
     """``threads`` compute threads over one runner, behind :class:`inferstream.device.Device`.
 
-    ``Flight.busy_s`` is wall-clock time: a batch occupies its lane also while the system runs others.
+    ``Flight.busy_s`` is CPU time of the compute thread: while the system runs something else on its core the
+    model does not compute, whatever a clock on the wall says.
     """
 
     def __init__(self, runner: Runner, threads: int, name: str = "cpu") -> None:
@@ -63,6 +64,7 @@ class CpuDevice:
         self._flights.put(None)
 
     def _compute(self) -> None:
+        track = threading.current_thread().name
         broken: BaseException | None = None
         try:
             self._runner.enter_thread()
@@ -70,12 +72,14 @@ class CpuDevice:
             broken = error
         while (work := self._work.get()) is not None:
             slot, items = work
-            started = time.perf_counter()
+            started, cpu = time.monotonic(), time.thread_time()
             rows, failure = None, broken
             if failure is None:
                 try:
                     rows = self._runner.run(items)
                 except BaseException as error:
                     failure = error
-            self._flights.put(Flight(slot, rows, failure, time.perf_counter() - started))
+            busy_s = time.thread_time() - cpu
+            span = Span(track, "compute", started, time.monotonic())
+            self._flights.put(Flight(slot, rows, failure, busy_s, (span,)))
             del work, items, rows, failure  # nothing of a batch outlives it here

@@ -26,6 +26,7 @@ import numpy as np
 from inferstream.batching import Item
 from inferstream.device import Device, Flight
 from inferstream.errors import DeviceFailed, OutOfMemory
+from inferstream.telemetry.timeline import Timeline
 
 
 class Outcomes(Protocol):
@@ -45,25 +46,30 @@ class Outcomes(Protocol):
 @dataclass(slots=True)
 class _Running:
     items: list[Item]
+    number: int  # of the batch, in the order of launching
     since: float
 
 
 class DeviceStage:
     """Keeps every staging slot of one device filled; all methods belong to the event loop.
 
-    ``busy_s`` is the device's busy time in seconds, summed over its lanes; ``tokens`` and ``items`` what it
-    computed in it.
+    ``busy_s`` is the device's busy time in seconds, summed over its lanes, and ``occupied_s`` how long batches
+    kept them; ``tokens`` and ``items`` are what it computed.
     """
 
-    def __init__(self, device: Device, outcomes: Outcomes, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, device: Device, outcomes: Outcomes, loop: asyncio.AbstractEventLoop, timeline: Timeline
+    ) -> None:
         self._device = device
         self._outcomes = outcomes
         self._loop = loop
+        self._timeline = timeline
         self._free = list(range(device.slots))
         self._running: dict[int, _Running] = {}
         self._again: deque[list[Item]] = deque()  # halves of failed batches; they go before new ones
         self._launches: SimpleQueue[tuple[int, list[Item]] | None] = SimpleQueue()
-        self.busy_s = 0.0
+        self.busy_s = self.occupied_s = 0.0
+        self._launched = 0
         self.tokens = 0
         self.items = 0
         self.batches = 0
@@ -106,7 +112,11 @@ class DeviceStage:
     def launch(self, items: list[Item]) -> None:
         """Hand a batch to the launcher; needs a free slot."""
         slot = self._free.pop()
-        self._running[slot] = _Running(items, time.monotonic())
+        now = time.monotonic()
+        self._running[slot] = _Running(items, self._launched, now)
+        oldest = min(item.ready_at for item in items)
+        self._timeline.span("window", "wait", oldest, now, batch=self._launched)
+        self._launched += 1
         self._launches.put((slot, items))
 
     def close(self, timeout_s: float) -> None:
@@ -149,13 +159,18 @@ class DeviceStage:
             self._outcomes.device_failed(error)
 
     def _ended(self, flight: Flight) -> None:
-        items = self._running.pop(flight.slot).items
+        batch = self._running.pop(flight.slot)
+        items = batch.items
         self._free.append(flight.slot)
         self.busy_s += flight.busy_s
+        self.occupied_s += flight.occupied_s
+        tokens = sum(item.length for item in items)
+        for span in flight.spans:
+            self._timeline.span(*span, batch=batch.number, documents=len(items), tokens=tokens)
         if flight.error is None and flight.rows is not None and len(flight.rows) == len(items):
             self.batches += 1
             self.items += len(items)
-            self.tokens += sum(item.length for item in items)
+            self.tokens += tokens
             self._outcomes.batch_done(items, flight.rows)
         elif isinstance(flight.error, DeviceFailed):
             self._outcomes.device_failed(flight.error)

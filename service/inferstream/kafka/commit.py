@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -26,6 +27,7 @@ from aiokafka.errors import (
 from aiokafka.protocol.commit import OffsetCommitRequest
 
 from inferstream.kafka.epochs import Epoch, current_identity
+from inferstream.telemetry.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ _REFUSED = (GroupAuthorizationFailedError, TopicAuthorizationFailedError)
 class Committer:
     """Commits offsets for an epoch, one commit at a time."""
 
-    def __init__(self, consumer: AIOKafkaConsumer, group_id: str) -> None:
+    def __init__(self, consumer: AIOKafkaConsumer, group_id: str, timeline: Timeline) -> None:
+        self._timeline = timeline
         self._consumer = consumer
         self._group_id = group_id
         self._lock = asyncio.Lock()
@@ -67,11 +70,13 @@ class Committer:
         if not offsets:
             return
         last: BaseException | None = None
+        started = time.monotonic()
         try:
             async with asyncio.timeout(timeout_s), self._lock:
                 while True:
                     try:
                         await self._attempt(epoch, offsets)
+                        self._timeline.span("commit", "commit", started, time.monotonic())
                         return
                     except _ENDED as error:
                         raise EpochEnded(str(error)) from error

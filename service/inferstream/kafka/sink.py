@@ -32,6 +32,7 @@ from inferstream.documents import Kind, Outgoing
 from inferstream.errors import KafkaRefused
 from inferstream.kafka.connection import stop_client
 from inferstream.lanes import DROPPED, Lane, Slot
+from inferstream.telemetry.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ class _Sender:
         self._strikes = 0  # how often the record at the head was refused alone
         self._refused_since: float | None = None  # since when a right or the topic is missing
         self._wake = asyncio.Event()
-        self.task = asyncio.create_task(self._run(), name=f"send-{topic.name}-{partition}")
+        self._track = f"send-{topic.name}-{partition}"
+        self.task = asyncio.create_task(self._run(), name=self._track)
 
     def put(self, slots: Sequence[Slot]) -> None:
         self.queue.extend(slots)
@@ -122,6 +124,7 @@ class _Sender:
             size, count = grown, count + 1
         batch.close()
         self.sending = count
+        started = time.monotonic()
         handed_over = later = False
         self._sink.left()
         try:
@@ -134,6 +137,7 @@ class _Sender:
                 self._sink.replace(producer)
             later = self._failed(error, count)
         else:
+            self._sink.timeline.span(self._track, "publish", started, time.monotonic(), records=count)
             sent = [self.queue.popleft() for _ in range(count)]
             self._limit = max(0, self._limit - count)
             self._strikes = 0
@@ -193,6 +197,7 @@ class Sink:
         input_partitions: Mapping[str, int],
         acknowledgements: Acknowledgements,
         failed: Callable[[BaseException], None],
+        timeline: Timeline,
     ) -> None:
         self._make_producer = make_producer
         self._output = output
@@ -200,6 +205,7 @@ class Sink:
         self._input_partitions = input_partitions
         self._acknowledgements = acknowledgements
         self._failed = failed
+        self.timeline = timeline
         self._senders: dict[tuple[str, int], _Sender] = {}
         self._replacing: asyncio.Task[None] | None = None
         self.producer: AIOKafkaProducer = make_producer()

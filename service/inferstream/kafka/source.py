@@ -34,6 +34,7 @@ from inferstream.kafka.epochs import Epoch, current_identity
 from inferstream.kafka.offsets import OffsetLost, Opening, open_positions
 from inferstream.lanes import Lane
 from inferstream.settings import Settings
+from inferstream.telemetry.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,9 @@ class SourceListener(Protocol):
 class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
     """Reads the input topics for one pipeline."""
 
-    def __init__(self, settings: Settings, intake: Intake, listener: SourceListener) -> None:
+    def __init__(
+        self, settings: Settings, intake: Intake, listener: SourceListener, timeline: Timeline
+    ) -> None:
         kafka, entry = settings.kafka, settings.input
         self._settings = settings
         self._intake = intake
@@ -117,7 +120,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             key_deserializer=None,  # a deserialiser that raises is refetched for ever
             value_deserializer=None,
         )
-        self._committer = Committer(self.consumer, kafka.group_id)
+        self._committer = Committer(self.consumer, kafka.group_id, timeline)
         self._epoch: Epoch | None = None
         self._closing_epoch: Epoch | None = None
         self._epochs = 0

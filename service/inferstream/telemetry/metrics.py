@@ -168,7 +168,8 @@ class Metrics:
         )
         self._stage_seconds = self._distribution(
             "stage_seconds",
-            "Time a stage worked on one piece of work (a chunk, a batch, a commit).",
+            "Time of one piece of work in a stage: a chunk of records prepared, a batch from its oldest document's "
+            "waiting to its computing, finishing and publishing, a commit.",
             WORK_S,
             "stage",
         )

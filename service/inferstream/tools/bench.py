@@ -20,6 +20,7 @@ from inferstream.device.stage import DeviceStage
 from inferstream.documents import Document, Prepared, Rejected
 from inferstream.settings import Settings
 from inferstream.tasks import Task
+from inferstream.telemetry.timeline import Timeline
 from inferstream.workers import FINISH, PREPARE, Workers
 
 CHUNK_DOCUMENTS = 64  # as the worker's
@@ -29,7 +30,7 @@ CHUNK_DOCUMENTS = 64  # as the worker's
 class Measured:
     """What one pass over the documents took.
 
-    Times are in seconds; ``*_cpu_s`` is CPU time, ``busy_s`` wall time summed over the device's ``lanes``.
+    Times are in seconds; ``*_cpu_s`` is CPU time, ``busy_s`` the device's, summed over its ``lanes``.
     ``padded_tokens`` is what the batches hold as formed, their padding included.
     """
 
@@ -88,18 +89,21 @@ class Engine:
     Belongs to the event loop it was made on.  ``settings`` are resolved.
     """
 
-    def __init__(self, settings: Settings, task: Task, device: Device) -> None:
+    def __init__(
+        self, settings: Settings, task: Task, device: Device, timeline: Timeline | None = None
+    ) -> None:
         assert settings.batch.max_tokens and settings.buffer.max_documents and settings.buffer.max_tokens
         assert settings.prepare.threads
         loop = asyncio.get_running_loop()
+        timeline = timeline or Timeline()
         self._loop = loop
         self._task = task
         self._budget = settings.batch.max_tokens
         self._max_documents = settings.buffer.max_documents
         self._max_tokens = settings.buffer.max_tokens
         self._ended: asyncio.Future[None] = loop.create_future()
-        self._workers = Workers(settings.prepare.threads, loop, self._fail)
-        self._stage = DeviceStage(device, self, loop)
+        self._workers = Workers(settings.prepare.threads, loop, self._fail, timeline)
+        self._stage = DeviceStage(device, self, loop, timeline)
         self._window = Window(self._budget)
         self._texts: Sequence[str] = ()
         self._next = self._held = self._done = self._refused = 0

@@ -14,6 +14,7 @@ _PADDING_SUM = "inferstream_batch_padding_ratio_sum"
 _PADDING_COUNT = "inferstream_batch_padding_ratio_count"
 _BUSY = "inferstream_device_busy_seconds_total"
 _IDLE = "inferstream_device_idle_ratio"
+_WORKED = frozenset(("prepare", "finish"))  # other stages wait, or are the device's own time
 _BLOCKED = "inferstream_blocked_documents"
 
 
@@ -44,7 +45,7 @@ def parse(text: str) -> Reading:
         for sample in family.samples:
             if sample.name == _STAGE_FILL:
                 fills[sample.labels["stage"]] = sample.value
-            elif sample.name == _STAGE_SECONDS:
+            elif sample.name == _STAGE_SECONDS and sample.labels["stage"] in _WORKED:
                 seconds[sample.labels["stage"]] = sample.value
             elif not sample.labels:
                 plain[sample.name] = sample.value
