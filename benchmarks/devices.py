@@ -128,5 +128,5 @@ class WatchedDevice:
     def wait(self) -> Flight | None:
         flight = self._device.wait()
         if flight is not None:
-            self.batch_s.append(flight.busy_s)
+            self.batch_s.append(flight.occupied_s)
         return flight

@@ -185,6 +185,23 @@ def test_window_when_load_is_random_then_its_promises_hold(
     assert sorted(item.index for item in taken) == list(range(len(added)))
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=80), st.booleans(), st.booleans())
+def test_form_when_long_pieces_have_a_lower_limit_then_no_batch_is_above_that_of_its_longest(
+    waiting: list[int], padded: bool, arrival: bool
+) -> None:
+    def limit(longest: int) -> int:
+        return 100 if longest >= 64 else 300
+
+    window = window_of(waiting, max_tokens=400, padded=padded)
+    window.limit = limit
+    formed = 0
+    while batch := window.form(arrival=arrival):
+        assert len(batch) == 1 or cost(batch, padded) <= limit(max(lengths(batch)))
+        formed += len(batch)
+    assert formed == len(waiting)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=80), st.integers(1, 200))
 def test_form_when_younger_pieces_keep_coming_then_the_oldest_are_not_starved(

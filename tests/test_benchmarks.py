@@ -145,7 +145,7 @@ def test_watched_device_when_a_batch_ends_then_its_time_is_kept() -> None:
     flight = device.wait()
     device.close()
 
-    assert flight is not None and device.batch_s == [flight.busy_s]
+    assert flight is not None and device.batch_s == [flight.occupied_s]
     assert device.wait() is None and len(device.batch_s) == 1
 
 

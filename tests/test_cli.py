@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from inferstream.tools.embedded import EmbeddedBroker
+from tests.support.client import Kafka
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRON = {
@@ -98,6 +99,18 @@ def test_version_when_asked_for_then_it_is_on_stdout() -> None:
         (["run", "--kafka.grup-id", "x"], "--kafka.group-id"),
         (["run"], "kafka.bootstrap_servers"),
         (["config", "check", "--no-such.flag", "1"], "no such flag"),
+        (["consume", "--max", "0"], "--max"),
+        (["demo", "--ask", " "], "--ask"),
+        (["config", "show", "--format", "xml"], "'xml' is not one of"),
+        (["topics", "create", "--replication", "40000", "a"], "--replication"),
+        (["topics", "create", "--bootstrap", "localhost:1", "a b"], "'a b' must be a topic name"),
+        (["publish", "--bootstrap", "localhost:1", "--topic", "a b"], "'a b' must be a topic name"),
+        (["consume", "--bootstrap", "localhost:1", "--topic", ""], "'' must be a topic name"),
+        (["broker", "--topic", "a:1:2"], "'a:1' must be a topic name"),
+        (["broker", "--topic", "a:99999999"], "at most 10,000"),
+        (["broker", "--topic", "a:2", "--topic", "a:3"], "2 and with 3"),
+        (["publish", "--bootstrap", "localhost:1", "--topic", "a", ""], "a name is empty"),
+        (["bench", "--texts", "/no/such/file"], "/no/such/file: cannot be read: No such file"),
     ],
 )
 def test_command_when_used_wrongly_then_it_says_so_in_a_line_and_exits_2(
@@ -108,6 +121,62 @@ def test_command_when_used_wrongly_then_it_says_so_in_a_line_and_exits_2(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+    assert all(line.startswith("inferstream: error: ") for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize("command", ["", "run", "demo", "config", "config show", "bench", "topics create"])
+def test_help_when_asked_for_with_one_letter_then_it_is_the_same(command: str) -> None:
+    short = inferstream(*command.split(), "-h")
+    assert short.returncode == 0
+    assert short.stdout == inferstream(*command.split(), "--help").stdout
+
+
+def test_help_when_it_lists_commands_then_no_summary_is_cut_off() -> None:
+    for command in ("", "config", "topics"):
+        listed = inferstream(*command.split(), "--help", environ={"COLUMNS": "80"}).stdout
+        assert [line for line in listed.partition("Commands:")[2].splitlines() if line.endswith("...")] == []
+
+
+@pytest.mark.parametrize("command", ["--help", "run --help", "config show --help", "config show"])
+def test_output_when_nobody_reads_it_then_it_ends_quietly(command: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as nobody:
+        done = subprocess.run(
+            [sys.executable, "-m", "inferstream", *command.split()],
+            env=ENVIRON,
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_output_when_the_disk_is_full_then_one_line_says_so_and_it_exits_1() -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "inferstream", "config", "show"],
+            env=ENVIRON,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    said = b"inferstream: error: the output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+@pytest.mark.parametrize("command", ["config show", "consume --topic a", "topics create a"])
+def test_command_when_a_variable_is_not_read_then_it_warns(command: str) -> None:
+    environ = {"INFERSTREAM_KAFKA_GROUP_ID": "x", "INFERSTREAM_KAFKA": "{}"}
+    done = inferstream(*command.split(), environ=environ)
+    for line in (
+        "inferstream: warning: INFERSTREAM_KAFKA is not read; a variable is one setting: INFERSTREAM_KAFKA__NAME",
+        "inferstream: warning: INFERSTREAM_KAFKA_GROUP_ID is not read; did you mean INFERSTREAM_KAFKA__GROUP_ID?",
+    ):
+        assert line in done.stderr.splitlines()
 
 
 @pytest.mark.parametrize("command", ["publish", "consume", "topics"])
@@ -189,6 +258,24 @@ def test_publish_when_a_document_is_refused_then_it_is_named_and_the_exit_code_i
     assert "1 accepted by refusals, 1 failed (missing_text 1)" in done.stderr
 
 
+def test_publish_when_there_is_no_document_then_it_says_so(broker: EmbeddedBroker) -> None:
+    broker.create_topic("nothing", 1)
+    done = inferstream("publish", "--bootstrap", broker.bootstrap, "--topic", "nothing", stdin="\n")
+    assert done.returncode == 0
+    assert "0 accepted by nothing, 0 failed" in done.stderr
+
+
+def test_publish_when_documents_have_no_key_field_then_it_says_how_many(broker: EmbeddedBroker) -> None:
+    broker.create_topic("keyless", 1)
+    there = ["--bootstrap", broker.bootstrap, "--topic", "keyless"]
+    done = inferstream(
+        "publish", *there, "--key-field", "key", stdin='{"text":"a","key":"k"}\n{"text":"b"}\n'
+    )
+    assert done.returncode == 0
+    assert "without a key: 1 documents have no key (--key-field)" in done.stderr
+    assert "without a key" not in inferstream("publish", *there, stdin='{"text":"b"}\n').stderr
+
+
 def test_publish_when_interrupted_at_a_silent_stdin_then_it_ends_with_130(broker: EmbeddedBroker) -> None:
     broker.create_topic("silent", 1)
     command = [sys.executable, "-m", "inferstream", "publish"]
@@ -230,6 +317,22 @@ def test_consume_when_the_pipe_is_closed_then_it_ends_quietly(broker: EmbeddedBr
     assert errors == b""
 
 
+def test_consume_when_the_pipe_is_closed_and_nothing_more_comes_then_it_ends(broker: EmbeddedBroker) -> None:
+    broker.create_topic("idle-pipe", 1)
+    there = ["--bootstrap", broker.bootstrap, "--topic", "idle-pipe"]
+    inferstream("publish", *there, stdin="one\n")
+    command = [sys.executable, "-m", "inferstream", "consume", *there, "--from-beginning"]
+    with subprocess.Popen(command, env=ENVIRON, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith(b"{")
+        process.stdout.close()
+        try:
+            code = process.wait(20)
+        finally:
+            process.kill()
+        assert (code, process.stderr.read()) == (0, b"")
+
+
 # ---- topics
 
 
@@ -248,3 +351,14 @@ def test_topics_create_when_the_broker_is_the_embedded_one_then_it_says_what_to_
     done = inferstream("topics", "create", "--bootstrap", broker.bootstrap, "another")
     assert done.returncode == 3
     assert "inferstream broker --topic another:8" in done.stderr
+
+
+def test_topics_create_when_one_is_refused_then_what_was_created_before_it_is_named(kafka: Kafka) -> None:
+    good, known = kafka.unique("good"), kafka.unique("a.b")
+    refused = known.replace(".", "_")  # Kafka refuses names that its metrics could not tell apart
+    assert inferstream("topics", "create", "--bootstrap", kafka.bootstrap, known).returncode == 0
+    done = inferstream("topics", "create", "--bootstrap", kafka.bootstrap, good, refused)
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert f"topic {refused}: not created" in done.stderr
+    assert f"(created before it: {good})" in done.stderr

@@ -15,9 +15,10 @@ from aiokafka import AIOKafkaProducer
 
 from inferstream.documents import Headers, Record
 from inferstream.errors import Incomplete, KafkaRefused
-from inferstream.settings.tree import Kafka
+from inferstream.settings.tree import Kafka as Connection
 from inferstream.tools.consume import Format, Selection, consume, line
 from inferstream.tools.embedded import EmbeddedBroker
+from tests.support.client import Kafka
 
 pytestmark = pytest.mark.embedded
 
@@ -52,8 +53,8 @@ class Read:
         self.numbers += [json.loads(record.value or b"")["n"] for record in records]
 
 
-def kafka(broker: EmbeddedBroker) -> Kafka:
-    return Kafka(bootstrap_servers=[broker.bootstrap], connect_timeout_s=3)
+def at(broker: EmbeddedBroker) -> Connection:
+    return Connection(bootstrap_servers=[broker.bootstrap], connect_timeout_s=3)
 
 
 async def test_consume_when_from_the_beginning_then_all_come_in_order_per_partition(
@@ -61,7 +62,7 @@ async def test_consume_when_from_the_beginning_then_all_come_in_order_per_partit
 ) -> None:
     await produce(broker, 0, 40)
     read = Read([])
-    written = await consume(kafka(broker), Selection((TOPIC,), from_beginning=True, max_records=40), read)
+    written = await consume(at(broker), Selection((TOPIC,), from_beginning=True, max_records=40), read)
     assert written == 40
     for partition in range(PARTITIONS):
         assert [n for n in read.numbers if n % PARTITIONS == partition] == list(range(partition, 40, 4))
@@ -70,8 +71,30 @@ async def test_consume_when_from_the_beginning_then_all_come_in_order_per_partit
 async def test_consume_when_a_maximum_is_given_then_not_one_more_is_written(broker: EmbeddedBroker) -> None:
     await produce(broker, 0, 40)
     read = Read([])
-    await consume(kafka(broker), Selection((TOPIC,), from_beginning=True, max_records=3), read)
+    await consume(at(broker), Selection((TOPIC,), from_beginning=True, max_records=3), read)
     assert len(read.numbers) == 3
+
+
+async def test_consume_when_records_are_huge_once_unpacked_then_few_are_held_at_once(kafka: Kafka) -> None:
+    """A fetch is bounded in compressed bytes: these 60 come with one of them, and are 60 MiB.  The embedded
+    broker answers with one batch at a time."""
+    topic = await kafka.create_topic(kafka.unique("huge"), partitions=1)
+    producer = AIOKafkaProducer(
+        bootstrap_servers=kafka.bootstrap, compression_type="zstd", max_request_size=4 << 20
+    )
+    await producer.start()
+    await asyncio.gather(*[await producer.send(topic, b" " * (1 << 20), partition=0) for _ in range(60)])
+    await producer.stop()
+    sizes: list[int] = []
+
+    await consume(
+        Connection(bootstrap_servers=[kafka.bootstrap]),
+        Selection((topic,), from_beginning=True, max_records=60),
+        lambda records: sizes.append(len(records)),
+    )
+
+    assert sum(sizes) == 60
+    assert max(sizes) <= 16
 
 
 async def test_consume_when_not_from_the_beginning_then_only_what_comes_after_it_is_ready(
@@ -80,7 +103,7 @@ async def test_consume_when_not_from_the_beginning_then_only_what_comes_after_it
     await produce(broker, 0, 8)
     read, ready = Read([]), asyncio.Event()
     reading = asyncio.create_task(
-        consume(kafka(broker), Selection((TOPIC,), max_records=4), read, lambda _: ready.set())
+        consume(at(broker), Selection((TOPIC,), max_records=4), read, lambda _: ready.set())
     )
     await asyncio.wait_for(ready.wait(), 10)
     await produce(broker, 100, 4)
@@ -94,18 +117,18 @@ async def test_consume_when_the_maximum_does_not_come_in_time_then_it_is_incompl
     await produce(broker, 0, 2)
     selection = Selection((TOPIC,), from_beginning=True, max_records=3, timeout_s=1.0)
     with pytest.raises(Incomplete, match="2 of 3 records"):
-        await consume(kafka(broker), selection, Read([]))
+        await consume(at(broker), selection, Read([]))
 
 
 async def test_consume_when_there_is_only_a_timeout_then_it_ends_well(broker: EmbeddedBroker) -> None:
     await produce(broker, 0, 2)
     selection = Selection((TOPIC,), from_beginning=True, timeout_s=1.0)
-    assert await consume(kafka(broker), selection, Read([])) == 2
+    assert await consume(at(broker), selection, Read([])) == 2
 
 
 async def test_consume_when_the_topic_is_missing_then_it_is_refused(broker: EmbeddedBroker) -> None:
     with pytest.raises(KafkaRefused, match="topic nowhere does not exist"):
-        await consume(kafka(broker), Selection(("nowhere",)), Read([]))
+        await consume(at(broker), Selection(("nowhere",)), Read([]))
 
 
 # ---- lines

@@ -201,6 +201,21 @@ def test_publish_when_a_source_is_missing_then_it_is_named(tmp_path: Path) -> No
         read(tmp_path / "nowhere")
 
 
+def test_publish_when_a_source_is_the_empty_text_then_the_current_folder_is_not_sent() -> None:
+    with pytest.raises(SettingsError, match="a name is empty"):
+        Reader(settings(), Options(("",), TOPIC))
+
+
+@pytest.mark.parametrize(
+    ("options", "others"), [({"raw": True}, {}), ({"id_from": "path"}, {"input__format": "text"})]
+)
+def test_publish_when_an_id_would_not_be_added_then_asking_for_it_is_refused(
+    options: dict[str, Any], others: dict[str, Any]
+) -> None:
+    with pytest.raises(SettingsError, match="--id-from"):
+        Reader(settings(**others), Options(("-",), TOPIC, **{"id_from": "line", **options}))
+
+
 # ---- sending
 
 

@@ -250,6 +250,12 @@ def test_device_when_it_is_not_in_this_version_then_it_is_refused() -> None:
     assert line == "model.device: cuda is not yet in this version: use cpu [flag --model.device]"
 
 
+def test_float16_when_the_model_runs_on_the_cpu_then_it_is_refused_before_the_model_is_loaded() -> None:
+    [line] = problems(model__dtype="float16")
+
+    assert line.startswith("model.dtype: float16 is not for CPUs: use float32")
+
+
 def test_setting_when_it_has_no_effect_yet_then_a_warning_says_so() -> None:
     flags = {"kafka.bootstrap_servers": "b:1", "delivery.max_crash_attempts": 5}
 

@@ -172,6 +172,19 @@ def test_required_when_given_wrongly_then_it_is_not_called_missing_as_well(write
     assert len(str(caught.value).splitlines()) == 3
 
 
+@pytest.mark.parametrize("text", [None, "kafka: [", "- a list"])
+def test_required_when_a_file_cannot_be_read_then_nothing_is_called_missing(
+    write: Write, tmp_path: Path, text: str | None
+) -> None:
+    file = tmp_path / "missing.yaml" if text is None else write(text)
+
+    with pytest.raises(SettingsError) as caught:
+        load_settings([file], {}, image_file=NO_IMAGE_FILE)
+
+    [line] = str(caught.value).splitlines()
+    assert line.startswith(f"file:{file}:")
+
+
 def test_problems_when_there_are_many_then_all_are_told_at_once_in_a_line_each(write: Write) -> None:
     file = write("kafka: {grup_id: x}\nbatch: {max_tokens: none}\ninput: {start: middle}")
 
@@ -398,6 +411,14 @@ def test_environment_when_a_variable_is_unknown_then_it_is_an_error_with_close_m
     [line] = problems(environ={variable: "x"})
 
     assert line.startswith(f"{variable}: no such setting; did you mean {hint}")
+
+
+def test_environment_when_a_variable_is_a_whole_section_then_a_warning_says_how_to_write_it() -> None:
+    loaded = load(environ={"INFERSTREAM_KAFKA": '{"group_id": "x"}'})
+
+    assert loaded.warnings == (
+        "INFERSTREAM_KAFKA is not read; a variable is one setting: INFERSTREAM_KAFKA__NAME",
+    )
 
 
 def test_environment_when_a_variable_resembles_nothing_then_no_match_is_invented() -> None:

@@ -226,7 +226,7 @@ def test_check_when_something_deserves_a_warning_then_it_goes_to_stderr() -> Non
     result = invoke("check", *REQUIRED, environ={"INFERSTREAM_KAFKA_GROUP_ID": "x"})
 
     assert result.stdout == "ok\n"
-    assert result.stderr.startswith("warning: INFERSTREAM_KAFKA_GROUP_ID is not read")
+    assert result.stderr.startswith("inferstream: warning: INFERSTREAM_KAFKA_GROUP_ID is not read")
 
 
 def test_check_when_it_connects_then_the_findings_come_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,12 +56,13 @@ class Window:
     """Prepared pieces waiting for the device, and the policy that forms batches of them.
 
     ``max_tokens`` is the token budget of a batch: count x longest length if ``padded``, else the sum of the
-    lengths; it may be changed at any time (it is lowered when the device runs out of memory).  A piece longer
-    than the budget goes alone.  ``max_items`` bounds the count of a batch.  What bounds the window itself is
-    the credit of what is in it.  Forming costs a step per piece taken and per class, however many wait.
+    lengths.  ``limit`` may give a smaller one for a batch whose longest piece has so many tokens, as long as the
+    device is short of memory.  A piece longer than the budget goes alone.  ``max_items`` bounds the count of
+    a batch.  What bounds the window itself is the credit of what is in it.  Forming costs a step per piece
+    taken and per class, however many wait.
     """
 
-    __slots__ = ("_buckets", "_count", "_order", "max_items", "max_tokens", "padded", "tokens")
+    __slots__ = ("_buckets", "_count", "_order", "limit", "max_items", "max_tokens", "padded", "tokens")
 
     class_of = staticmethod(length_class)
 
@@ -70,6 +71,7 @@ class Window:
             raise ValueError("max_tokens and max_items must be at least 1")
         self.max_tokens = max_tokens
         self.max_items = max_items
+        self.limit: Callable[[int], int] | None = None
         self.padded = padded
         self.tokens = 0
         """The sum of the lengths waiting."""
@@ -154,6 +156,9 @@ class Window:
         gone.sort(key=lambda item: item.order)
         return gone
 
+    def _budget(self, longest: int) -> int:
+        return self.max_tokens if self.limit is None else min(self.max_tokens, self.limit(longest))
+
     def _anchor(self) -> int | None:
         """The length class of the oldest piece."""
         anchor = None
@@ -173,7 +178,7 @@ class Window:
         for distance in range(1, len(buckets)):
             for number in (anchor - distance, anchor + distance):
                 if 0 <= number < len(buckets) and buckets[number]:
-                    if (len(batch) + 1) * longest > self.max_tokens or len(batch) >= self.max_items:
+                    if (len(batch) + 1) * longest > self._budget(longest) or len(batch) >= self.max_items:
                         return batch
                     longest = self._fill(batch, longest, number)
         return batch
@@ -182,12 +187,13 @@ class Window:
         """Move what fits of a class into the batch, oldest first; returns the batch's longest length."""
         bucket = self._buckets[number]
         count, max_items, max_tokens = len(batch), self.max_items, self.max_tokens
+        limited = self.limit is not None
         while bucket and count < max_items:
             length = bucket[0].length
             if length < longest:
                 length = longest
             count += 1
-            if count * length > max_tokens:
+            if count * length > (self._budget(length) if limited else max_tokens):
                 break
             longest = length
             batch.append(bucket.popleft())
@@ -204,7 +210,7 @@ class Window:
             longest = max(longest, length)
             total += length
             cost = (len(batch) + 1) * longest if self.padded else total
-            if batch and cost > self.max_tokens:
+            if batch and cost > self._budget(longest):
                 break
             batch.append(bucket.popleft())
             if bucket:

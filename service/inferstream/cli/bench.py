@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inferstream.cli.config import TAKES_SETTINGS, ConfigFiles, SettingsCommand
+from inferstream.cli.common import ConfigFiles, warn
+from inferstream.cli.config import TAKES_SETTINGS, SettingsCommand
 from inferstream.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -49,15 +50,16 @@ def bench_command(
     It runs the worker's own stages on texts in memory, so a worker reading from Kafka comes close to it.  All
     settings of `run` are taken; those of Kafka are not needed.
 
+    \b
     inferstream bench
-
-    inferstream bench --texts documents.jsonl --model.id ./my-model --model.dtype bfloat16 --batch.max-tokens 4096
+    inferstream bench --texts documents.jsonl --model.id ./my-model --batch.max-tokens 4096
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from inferstream.settings import cores, device_kind, load_settings, parse_flags, resolve
     from inferstream.telemetry.logs import configure
 
     loaded = load_settings(config or [], os.environ, parse_flags(ctx.args), require=False)
+    warn(loaded)
     settings = resolve(loaded.settings, device_kind(loaded.settings), cores())
     configure(settings.telemetry.log_format, "warning")
     documents = read_texts(texts, settings.input.text_field)
@@ -77,11 +79,13 @@ def read_texts(path: Path | None, text_field: str) -> list[str]:
         return [docstring.text for docstring in collect()]
     try:
         lines = (sys.stdin if str(path) == "-" else path.open(encoding="utf-8")).read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise SettingsError(f"--texts {path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"--texts {path}: is not UTF-8 (byte {error.start:,})") from error
     texts = [_text(path, number, line, text_field) for number, line in enumerate(lines, 1) if line.strip()]
     if not texts:
-        raise SettingsError(f"{path}: there is no document in it")
+        raise SettingsError(f"--texts {path}: there is no document in it")
     return texts
 
 

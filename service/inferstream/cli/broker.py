@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from inferstream.cli.common import checked_topic
 from inferstream.errors import SettingsError
+
+MOST_PARTITIONS = 10_000  # the mock takes memory for each and ends the process when there is none
 
 
 def broker(
@@ -29,12 +32,16 @@ def broker(
     """
     from inferstream.tools.embedded import DEFAULT_PARTITIONS, EmbeddedBroker
 
-    wanted = [_topic(text, DEFAULT_PARTITIONS) for text in topic or []]
+    wanted: dict[str, int] = {}
+    for text in topic or ():
+        name, partitions = _topic(text, DEFAULT_PARTITIONS)
+        if wanted.setdefault(name, partitions) != partitions:
+            raise SettingsError(f"--topic {name}: given with {wanted[name]} and with {partitions} partitions")
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     with EmbeddedBroker() as running:
-        for name, partitions in wanted:
+        for name, partitions in wanted.items():
             running.create_topic(name, partitions)
         print(f"bootstrap={running.bootstrap}", flush=True)
         ended.wait()
@@ -43,7 +50,9 @@ def broker(
 def _topic(text: str, default_partitions: int) -> tuple[str, int]:
     name, colon, number = text.rpartition(":")
     if not colon:
-        return text, default_partitions
-    if not name or not number.isdecimal() or int(number) < 1:
-        raise SettingsError(f"--topic {text}: give NAME or NAME:PARTITIONS, as in documents:8")
-    return name, int(number)
+        return checked_topic("--topic", text), default_partitions
+    if not number.isdecimal() or not 1 <= int(number) <= MOST_PARTITIONS:
+        raise SettingsError(
+            f"--topic {text}: give NAME or NAME:PARTITIONS, as in documents:8; at most {MOST_PARTITIONS:,}"
+        )
+    return checked_topic("--topic", name), int(number)

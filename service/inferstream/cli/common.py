@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +13,7 @@ import typer
 from inferstream.errors import SettingsError
 
 if TYPE_CHECKING:
-    from inferstream.settings import Settings
+    from inferstream.settings import Loaded, Settings
 
 ConfigFiles = Annotated[
     list[Path] | None,
@@ -35,10 +36,28 @@ def load(files: Sequence[Path] | None, bootstrap: str | None) -> Settings:
 
     configure("text", "warning")
     flags = {"kafka.bootstrap_servers": bootstrap} if bootstrap else {}
-    settings = load_settings(files or (), os.environ, flags, require=False).settings
+    loaded = load_settings(files or (), os.environ, flags, require=False)
+    warn(loaded)
+    settings = loaded.settings
     if not settings.kafka.bootstrap_servers:
         raise SettingsError(
             "kafka.bootstrap_servers: not set; give --bootstrap HOST:PORT, --config FILE or "
             "INFERSTREAM_KAFKA__BOOTSTRAP_SERVERS"
         )
     return settings
+
+
+def warn(loaded: Loaded) -> None:
+    """What the settings deserve a word about, a line each."""
+    for warning in loaded.warnings:
+        print(f"inferstream: warning: {warning}", file=sys.stderr)
+
+
+def checked_topic(option: str, name: str) -> str:
+    """The name as it is, if Kafka takes such a one; ``option`` says where it was given."""
+    from inferstream.settings.tree import topic_name
+
+    try:
+        return topic_name(name)
+    except ValueError as error:
+        raise SettingsError(f"{option}: {name!r} {error}") from error

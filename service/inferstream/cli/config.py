@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
+from inferstream.cli.common import ConfigFiles, warn
 from inferstream.settings import (
     SETTINGS,
     Loaded,
@@ -36,10 +37,6 @@ from inferstream.settings import (
 app = typer.Typer(no_args_is_help=True, help="Show the settings and where each comes from, or check them.")
 
 TAKES_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
-ConfigFiles = Annotated[
-    list[Path] | None,
-    typer.Option("--config", metavar="FILE", help="A YAML file with settings; a later one wins."),
-]
 
 
 class SettingsCommand(TyperCommand):
@@ -104,7 +101,12 @@ def show_command(
         typer.echo("\n".join(_aligned(rows)))
 
 
-@app.command("check", cls=SettingsCommand, context_settings=TAKES_SETTINGS)
+@app.command(
+    "check",
+    short_help="Check all settings as `run` does.",
+    cls=SettingsCommand,
+    context_settings=TAKES_SETTINGS,
+)
 def check_command(
     ctx: typer.Context,
     config: ConfigFiles = None,
@@ -119,7 +121,9 @@ def check_command(
     _, settings = _load(config, ctx.args, require=True)
     if connect:
         from inferstream.kafka.preflight import check
+        from inferstream.telemetry.logs import configure
 
+        configure("text", "warning")
         for finding in asyncio.run(check(settings)):
             typer.echo(finding)
         typer.echo(_model(settings))
@@ -140,8 +144,7 @@ def _model(settings: Settings) -> str:
 
 def _load(files: list[Path] | None, arguments: list[str], *, require: bool) -> tuple[Loaded, Settings]:
     loaded = load_settings(files or [], flags=parse_flags(arguments), require=require)
-    for warning in loaded.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+    warn(loaded)
     return loaded, resolve(loaded.settings, device_kind(loaded.settings), cores())
 
 

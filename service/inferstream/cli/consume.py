@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inferstream.cli.common import Bootstrap, ConfigFiles, load
+from inferstream.cli.common import Bootstrap, ConfigFiles, checked_topic, load
 from inferstream.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def consume(
       | jq -r '.headers["inferstream.error.reason"]' | sort | uniq -c
     """
     settings = load(config, bootstrap)
-    names = tuple(dict.fromkeys(topic or ([settings.output.topic] if settings.output.topic else [])))
+    given = [checked_topic("--topic", name) for name in topic or ()]
+    names = tuple(dict.fromkeys(given or ([settings.output.topic] if settings.output.topic else [])))
     if not names:
         raise SettingsError("--topic: not given, and the settings have no output.topic")
 
@@ -71,7 +73,12 @@ def consume(
     form = Format(decode=decode, whole=headers)
     out = sys.stdout.buffer
 
+    reader = select.poll()
+    reader.register(out, 0)  # of a pipe without a reader it tells, without anything being written
+
     def write(records: Sequence[Record]) -> None:
+        if not records and any(event & select.POLLERR for _, event in reader.poll(0)):
+            raise BrokenPipeError
         out.writelines(line(record, form) + b"\n" for record in records)
         out.flush()
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from inferstream.errors import InferstreamError
+from inferstream.errors import InferstreamError, SettingsError
 
 _STOPS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -49,6 +49,8 @@ def demo(
     from inferstream.tools.demo_report import report
     from inferstream.tools.demo_view import make_view
 
+    if not all(question.strip() for question in ask or ()):
+        raise SettingsError("--ask: the question is empty")
     require_extras()
     stopped: list[int] = []
 

@@ -6,10 +6,12 @@ nothing here imports torch, aiokafka or pydantic.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,18 +19,21 @@ import typer
 from typer.core import TyperCommand
 
 from inferstream.cli import broker, consume, publish, topics
-from inferstream.errors import InferstreamError
+from inferstream.errors import InferstreamError, SettingsError
 from inferstream.version import version
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the disk that our output goes to
 
 PASS_ON: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True}
 PASS_ON_HELP: dict[str, Any] = {**PASS_ON, "help_option_names": []}
+
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help: quick, and the same in a pipe
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
 
@@ -96,15 +101,13 @@ def run(
     run_worker(config or [], ctx.args)
 
 
-@app.command(
-    context_settings=PASS_ON_HELP, help="See it work: real documents, a real model, a worker killed half-way."
-)
+@app.command(context_settings=PASS_ON_HELP, help="See it work: a real model, and a worker killed half-way.")
 def demo(ctx: typer.Context) -> None:
     _delegate(ctx, "inferstream.cli.demo", "demo")
 
 
 app.command()(broker.broker)
-app.command()(publish.publish)
+app.command(short_help="Publish documents and wait until each is acknowledged.")(publish.publish)
 app.command()(consume.consume)
 app.add_typer(topics.app, name="topics")
 
@@ -116,9 +119,7 @@ def config(ctx: typer.Context) -> None:
     _delegate(ctx, "inferstream.cli.config", "app")
 
 
-@app.command(
-    context_settings=PASS_ON_HELP, help="Measure this machine: the model from text, with no Kafka around it."
-)
+@app.command(context_settings=PASS_ON_HELP, help="Measure a model on this machine, with no Kafka around it.")
 def bench(ctx: typer.Context) -> None:
     _delegate(ctx, "inferstream.cli.bench", "bench")
 
@@ -131,10 +132,14 @@ def _delegate(ctx: typer.Context, module: str, name: str) -> None:
         target.command()(function)
     target.rich_markup_mode = None
     target._add_completion = False
+    _invoke(target, ctx.args, ctx.command_path)
+
+
+def _invoke(target: typer.Typer, arguments: Sequence[str], name: str) -> None:
+    """Run a command and let everything out that it raises; ``target()`` would print and end some of it itself."""
     command = typer.main.get_command(target)
-    code = command.main(ctx.args, prog_name=ctx.command_path, standalone_mode=False, max_content_width=110)
-    if isinstance(code, int) and code != 0:
-        raise typer.Exit(code)
+    with command.make_context(name, list(arguments), **CONTEXT) as ctx:
+        command.invoke(ctx)
 
 
 def report(error: InferstreamError) -> None:
@@ -143,27 +148,52 @@ def report(error: InferstreamError) -> None:
         print(f"inferstream: error: {line}", file=sys.stderr)
 
 
-def main() -> None:
-    """Run a command; the exit code is the process's."""
-    code: int | str | None
+def _usage(error: typer.TyperException) -> None:
+    """A usage error as one line, as any other; no command at all gets the help instead."""
+    text = error.format_message()
+    if text.startswith("Usage:"):
+        print(text, file=sys.stderr)
+        return
+    context = getattr(error, "ctx", None)
+    where = f"; see `{context.command_path} --help`" if context is not None else ""
+    report(SettingsError(" ".join(text.replace(": Value error, ", ": ").split()).rstrip(".") + where))
+
+
+def _run() -> int:
+    """Run the command that the arguments name; its exit code comes back."""
     try:
-        app(prog_name="inferstream")
-        code = 0
-    except SystemExit as ended:  # click ends so, usage errors (2) included
-        code = ended.code
+        _invoke(app, sys.argv[1:], "inferstream")
+        sys.stdout.flush()
+    except typer.Exit as ended:
+        return ended.exit_code
+    except typer.TyperException as error:
+        _usage(error)
+        return error.exit_code
     except InferstreamError as error:
         report(error)
-        code = error.exit_code
+        return error.exit_code
     except KeyboardInterrupt:
-        code = 130
+        return 130
     except BrokenPipeError:
-        code = 0  # who read our output has seen enough
+        return 0  # who read our output has seen enough
+    except OSError as error:
+        if error.errno not in FULL:
+            traceback.print_exc()
+        else:
+            report(InferstreamError(f"the output cannot be written: {error.strerror}"))
+        return 1
     except Exception:
         traceback.print_exc()
-        code = 1
+        return 1
+    return 0
+
+
+def main() -> None:
+    """Run a command; the exit code is the process's."""
+    code = _run()
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The interpreter flushes once more at its end, and would complain.
+    except OSError:
+        # Said already, if there is a word to say.  The interpreter flushes once more at its end, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

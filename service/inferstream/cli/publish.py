@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from inferstream.cli.common import Bootstrap, ConfigFiles, load
+from inferstream.cli.common import Bootstrap, ConfigFiles, checked_topic, load
 from inferstream.errors import Incomplete, SettingsError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def publish(
         typer.Option(
             "--key-field",
             metavar="POINTER",
-            help="The field that becomes the record's key, as in id or /user/id.",
+            help="The field that becomes the record's key, as in id or /user/id.  A document without it has no key.",
         ),
     ] = None,
     id_from: Annotated[
@@ -75,6 +75,7 @@ def publish(
         if len(settings.input.topics) != 1:
             raise SettingsError("--topic: not given, and the settings have no single topic in input.topics")
         topic = settings.input.topics[0]
+    topic = checked_topic("--topic", topic)
     if not sources and sys.stdin.isatty():
         raise SettingsError(
             "nothing to publish: name files or folders, or pipe something in (`-` reads the terminal)"
@@ -85,10 +86,12 @@ def publish(
     options = Options(tuple(sources or ["-"]), topic, form, key_field, id_from, raw)
     counts = Counts()
     started = time.monotonic()
+    done = False
     try:
         asyncio.run(_publish(settings, options, counts))
+        done = True
     finally:
-        if counts.accepted or counts.failed:
+        if done or counts.accepted or counts.failed:
             _summary(options, counts, time.monotonic() - started)
     if counts.failed:
         raise Incomplete(
@@ -160,6 +163,11 @@ def _summary(options: Options, counts: Counts, seconds: float) -> None:
         print(f"not accepted: {problem}", file=sys.stderr)
     if counts.failed > len(counts.problems):
         print(f"not accepted: … and {counts.failed - len(counts.problems):,} more", file=sys.stderr)
+    if counts.keyless:
+        print(
+            f"without a key: {counts.keyless:,} documents have no {options.key_field} (--key-field)",
+            file=sys.stderr,
+        )
     reasons = ", ".join(f"{reason} {number:,}" for reason, number in counts.reasons.most_common())
     print(
         f"{counts.accepted:,} accepted by {options.topic}, {counts.failed:,} failed"

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from inferstream.cli.common import warn
 from inferstream.errors import InferstreamError
 
 
@@ -19,8 +20,7 @@ def run(files: Sequence[Path], arguments: Sequence[str]) -> None:
     from inferstream.telemetry.logs import configure
 
     loaded = load_settings(files, os.environ, parse_flags(list(arguments)))
-    for warning in loaded.warnings:
-        print(f"inferstream: warning: {warning}", file=sys.stderr)
+    warn(loaded)
     settings = resolve(loaded.settings, device_kind(loaded.settings), cores())
     configure(settings.telemetry.log_format, settings.telemetry.log_level)
 

@@ -7,8 +7,12 @@ from typing import Annotated
 
 import typer
 
-from inferstream.cli.common import Bootstrap, ConfigFiles, load
+from inferstream.cli.common import Bootstrap, ConfigFiles, checked_topic, load
 from inferstream.errors import SettingsError
+
+# What the protocol's fields hold; the brokers refuse less, and say so.
+MOST_PARTITIONS = 2**31 - 1
+MOST_REPLICAS = 2**15 - 1
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Create the topics of a service.")
 
@@ -22,23 +26,34 @@ def topics() -> None:
     """
 
 
-@app.command()
+@app.command(short_help="Create what is missing, and leave alone what exists.")
 def create(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Topics to create; otherwise input, output and dead-letter topic of the settings."
+            metavar="[NAME]…",
+            help="Topics to create; otherwise input, output and dead-letter topic of the settings.",
         ),
     ] = None,
     partitions: Annotated[
         int | None,
         typer.Option(
-            "--partitions", min=1, help="Of each new topic; otherwise as many as the input topic has, or 8."
+            "--partitions",
+            min=1,
+            max=MOST_PARTITIONS,
+            metavar="N",
+            help="Of each new topic; otherwise as many as the input topic has, or 8.",
         ),
     ] = None,
     replication: Annotated[
         int | None,
-        typer.Option("--replication", min=1, help="Replicas of each; otherwise 3, or the number of brokers."),
+        typer.Option(
+            "--replication",
+            min=1,
+            max=MOST_REPLICAS,
+            metavar="N",
+            help="Replicas of each; otherwise 3, or the number of brokers if that is less.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Create nothing; the brokers say whether they would.")
@@ -60,7 +75,7 @@ def create(
     from inferstream.tools.topics import Wanted, create_topics, wanted_topics
 
     wanted = (
-        [Wanted(name, partitions, replication) for name in dict.fromkeys(names)]
+        [Wanted(checked_topic("NAME", name), partitions, replication) for name in dict.fromkeys(names)]
         if names
         else wanted_topics(settings, partitions, replication)
     )

@@ -33,6 +33,10 @@ def conflicts(settings: Settings) -> Iterator[Conflict]:
     if settings.model.device not in ("auto", *DEVICES):
         text = f"{settings.model.device} is not yet in this version: use {one_of(DEVICES)}"
         yield Conflict(("model.device",), text)
+    if settings.model.dtype == "float16" and (settings.model.device == "cpu" or DEVICES == ("cpu",)):
+        yield Conflict(
+            ("model.dtype",), "float16 is not for CPUs: use float32, or bfloat16 where the CPU has it"
+        )
 
 
 def _timeouts(settings: Settings) -> Iterator[Conflict]:

@@ -64,7 +64,7 @@ def load_settings(
 
     settings = _validated(given, problems)
     for key in REQUIRED if require else ():
-        if not problems.about(key) and not value_of(settings, key):
+        if not problems.unread and not problems.about(key) and not value_of(settings, key):
             setting = SETTINGS[key]
             problems.lines.append(
                 f"{key}: required, and not set; set it with {setting.flag}, {setting.variable} or a file"

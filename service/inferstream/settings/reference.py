@@ -34,7 +34,8 @@ What holds for all of them:
 - **Mistakes**: unknown keys, unknown variables with `__` after the prefix, duplicate keys and wrong values
   are errors, reported all at once, one line each, with the key, what is allowed and where it was set; the
   exit code is 2.  Variables without that `__` are no settings: Kubernetes makes an `INFERSTREAM_PORT` for a
-  Service called `inferstream`.
+  Service called `inferstream`.  One that looks as if it were meant, such as `INFERSTREAM_KAFKA_GROUP_ID`, is
+  warned of.
 
 `inferstream config show` prints every value and where it comes from; `inferstream config check` says whether
 all is well.  `python -m inferstream.settings --schema` prints the JSON Schema of a settings file.

@@ -46,10 +46,16 @@ class Problems:
 
     lines: list[str] = field(default_factory=list)
     keys: set[str] = field(default_factory=set)
+    unread: bool = False  # a whole file is missing: what it would have set is not known
 
     def add(self, key: str, text: str, origin: str) -> None:
         self.lines.append(f"{key}: {text} [{origin}]")
         self.keys.add(key)
+
+    def add_file(self, where: str, text: str) -> None:
+        """A file of which nothing can be read."""
+        self.lines.append(f"file:{where}: {text}")
+        self.unread = True
 
     def about(self, key: str) -> bool:
         """Whether the setting, or a section that it is in, has a problem."""
@@ -101,29 +107,28 @@ def read_file(path: Path, problems: Problems) -> dict[str, Given]:
     try:
         node = yaml.compose(path.read_bytes().decode("utf-8-sig"), Loader=yaml.SafeLoader)
     except OSError as error:
-        problems.lines.append(f"file:{path}: cannot be read: {error.strerror or error}")
+        problems.add_file(str(path), f"cannot be read: {error.strerror or error}")
         return {}
     except UnicodeDecodeError as error:
-        problems.lines.append(f"file:{path}: is not UTF-8 (byte {error.start})")
+        problems.add_file(str(path), f"is not UTF-8 (byte {error.start})")
         return {}
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}: column {mark.column + 1}" if mark is not None else ""
-        problems.lines.append(f"file:{path}{where}: is not YAML: {error.problem or error.context}")
+        problems.add_file(f"{path}{where}", f"is not YAML: {error.problem or error.context}")
         return {}
     except yaml.YAMLError as error:
-        problems.lines.append(f"file:{path}: is not YAML: {' '.join(str(error).split())}")
+        problems.add_file(str(path), f"is not YAML: {' '.join(str(error).split())}")
         return {}
     except RecursionError:
-        problems.lines.append(f"file:{path}: is nested too deep")
+        problems.add_file(str(path), "is nested too deep")
         return {}
     found: dict[str, Given] = {}
     if node is None or _is_null(node):
         return found
     if not isinstance(node, yaml.MappingNode):
-        problems.lines.append(
-            f"file:{path}:{_line(node)}: must be a mapping of sections, such as 'kafka:', not {_kind(node)}"
-        )
+        what = f"must be a mapping of sections, such as 'kafka:', not {_kind(node)}"
+        problems.add_file(f"{path}:{_line(node)}", what)
         return found
     _read_section(node, "", f"file:{path}", found, problems)
     return found
@@ -243,6 +248,8 @@ def read_environment(environ: Mapping[str, str], problems: Problems, warnings: l
             mistaken = _KEY_OF_MISTAKE.get(variable)
             if mistaken is not None and not value.startswith("tcp://"):
                 warnings.append(f"{variable} is not read; did you mean {SETTINGS[mistaken].variable}?")
+            elif upper.removeprefix(PREFIX).lower() in SECTIONS:
+                warnings.append(f"{variable} is not read; a variable is one setting: {upper}__NAME")
             continue
         key = _KEY_OF_VARIABLE.get(variable)
         if key is None:

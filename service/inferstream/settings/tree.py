@@ -28,7 +28,7 @@ class Auto:
     how: str
 
 
-def _topic(name: str) -> str:
+def topic_name(name: str) -> str:
     if not re.fullmatch(r"[a-zA-Z0-9._-]+", name) or name in (".", ".."):
         raise ValueError("must be a topic name: letters, digits, '.', '_' and '-', and not '.' or '..'")
     if len(name) > MAX_TOPIC_NAME:
@@ -39,7 +39,7 @@ def _topic(name: str) -> str:
 
 
 def _topic_or_unset(name: str) -> str:
-    return _topic(name) if name else name
+    return topic_name(name) if name else name
 
 
 def _distinct(names: list[str]) -> list[str]:
@@ -72,7 +72,7 @@ def _servers(servers: list[str]) -> list[str]:
 
 
 Text = Annotated[str, Field(min_length=1)]
-Topic = Annotated[str, AfterValidator(_topic)]
+Topic = Annotated[str, AfterValidator(topic_name)]
 Pointer = Annotated[str, AfterValidator(_pointer)]
 
 

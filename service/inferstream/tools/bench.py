@@ -23,7 +23,7 @@ from inferstream.tasks import Task
 from inferstream.telemetry.timeline import Timeline
 from inferstream.workers import FINISH, PREPARE, Workers
 
-CHUNK_DOCUMENTS = 64  # as the worker's
+CHUNK_DOCUMENTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +86,17 @@ class _Job:
 class Engine:
     """A warm model with its stages; :meth:`run` may be called again and again, :meth:`close` ends it.
 
-    Belongs to the event loop it was made on.  ``settings`` are resolved.
+    Belongs to the event loop it was made on.  ``settings`` are resolved.  A worker thread prepares
+    ``chunk_documents`` at a time.
     """
 
     def __init__(
-        self, settings: Settings, task: Task, device: Device, timeline: Timeline | None = None
+        self,
+        settings: Settings,
+        task: Task,
+        device: Device,
+        timeline: Timeline | None = None,
+        chunk_documents: int = CHUNK_DOCUMENTS,
     ) -> None:
         assert settings.batch.max_tokens and settings.buffer.max_documents and settings.buffer.max_tokens
         assert settings.prepare.threads
@@ -98,6 +104,7 @@ class Engine:
         timeline = timeline or Timeline()
         self._loop = loop
         self._task = task
+        self._chunk_documents = chunk_documents
         self._budget = settings.batch.max_tokens
         self._max_documents = settings.buffer.max_documents
         self._max_tokens = settings.buffer.max_tokens
@@ -151,7 +158,7 @@ class Engine:
             and self._held < self._max_documents
             and self._window.tokens < self._max_tokens
         ):
-            chunk = self._texts[self._next : self._next + CHUNK_DOCUMENTS]
+            chunk = self._texts[self._next : self._next + self._chunk_documents]
             documents = [Document(str(self._next + n), text) for n, text in enumerate(chunk)]
             self._next += len(chunk)
             self._held += len(chunk)

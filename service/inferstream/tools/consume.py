@@ -12,6 +12,7 @@ import binascii
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from inferstream.settings.tree import Kafka
 
 MAX_RECORDS = 500  # decoded at once, on the event loop
+# Until their size is known.  A fetch is bounded in compressed bytes: 1 MiB of it may be gigabytes of records.
+FIRST_RECORDS = 16
+MAX_BYTES = 16 << 20
 POLL_MS = 200
 STOP_TIMEOUT_S = 5.0
 _FLOATS = {"base64-f32": "<f4", "base64-f16": "<f2"}
@@ -57,6 +61,8 @@ async def consume(
 ) -> int:
     """Give the records to ``write`` as they come, per partition in order; the number written comes back.
 
+    A poll that brought nothing gives it nothing, so that it can end the reading.
+
     ``ready`` is called with the number of partitions once the start positions stand: from then on no record
     is missed.  Partitions that are added later are not read.  Raises Incomplete if ``timeout_s`` passes
     before ``max_records`` were written, KafkaRefused for a missing topic or brokers that do not answer.
@@ -70,7 +76,7 @@ async def consume(
         isolation_level="read_committed",
         fetch_max_wait_ms=100,
     )
-    written = 0
+    written, at_once = 0, FIRST_RECORDS
     try:
         await start_with_retry(kafka, consumer.start, kafka.connect_timeout_s)
         consumer.assign(partitions)
@@ -79,11 +85,12 @@ async def consume(
         try:
             async with asyncio.timeout(selection.timeout_s):
                 while selection.max_records is None or written < selection.max_records:
-                    rest = MAX_RECORDS if selection.max_records is None else selection.max_records - written
-                    found = await consumer.getmany(timeout_ms=POLL_MS, max_records=min(rest, MAX_RECORDS))
-                    for records in found.values():
+                    rest = at_once if selection.max_records is None else selection.max_records - written
+                    found = await consumer.getmany(timeout_ms=POLL_MS, max_records=min(rest, at_once))
+                    for records in found.values() or ((),):
                         write(records)
                         written += len(records)
+                    at_once = _at_once([*chain.from_iterable(found.values())]) or at_once
         except TimeoutError:
             if selection.max_records is not None:
                 raise Incomplete(
@@ -94,6 +101,12 @@ async def consume(
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 await consumer.stop()
     return written
+
+
+def _at_once(records: Sequence[Record]) -> int:
+    """How many records like these may be decoded together; 0 if there are none."""
+    size = sum(len(record.value or b"") for record in records)
+    return min(MAX_RECORDS, max(1, MAX_BYTES * len(records) // max(size, 1))) if records else 0
 
 
 async def _partitions(kafka: Kafka, topics: Sequence[str]) -> list[TopicPartition]:

@@ -50,6 +50,7 @@ class Counts:
     accepted: int = 0
     refused: int = 0
     lost: int = 0
+    keyless: int = 0  # sent without a key, although one was asked for
     reasons: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
@@ -94,8 +95,9 @@ async def publish(settings: Settings, options: Options, counts: Counts) -> None:
                 for item in chunk.items:
                     if isinstance(item, Bad):
                         counts.refuse(item)
-                    else:
-                        await outbox.send(item)
+                        continue
+                    counts.keyless += options.key_field is not None and item.key is None
+                    await outbox.send(item)
                 counts.read_bytes += chunk.bytes
             await outbox.drain()
     except TimeoutError:
@@ -103,7 +105,8 @@ async def publish(settings: Settings, options: Options, counts: Counts) -> None:
             raise
         outbox.give_up()
         raise Incomplete(
-            f"the brokers acknowledged nothing for {stall_s:g} s (kafka.connect_timeout_s): given up"
+            f"the brokers acknowledged nothing for {stall_s:g} s (kafka.connect_timeout_s): given up, and "
+            "the rest was not read"
         ) from None
     finally:
         await outbox.stop()

@@ -124,12 +124,17 @@ class Reader:
         self.limit: int | None = None
         self.needs_key = False
         for source in options.sources:
+            if not source:  # would be the current folder
+                raise SettingsError("nothing to publish: a name is empty (an unset variable?)")
             if source != STDIN and not Path(source).exists():
                 raise SettingsError(f"{source}: no such file or folder")
         if options.sources.count(STDIN) > 1:
             raise SettingsError("- (stdin) can be given once")
         if options.format == "files" and options.id_from == "line":
             raise SettingsError("--id-from line: a file is one document; use path or none")
+        if options.id_from is not None and (options.raw or (self._plain and options.id_from != "none")):
+            why = "with --raw" if options.raw else "with input.format=text"
+            raise SettingsError(f"--id-from: {why} nothing is added to a record")
         if self._plain and not options.raw and self._key is not None:
             raise SettingsError("--key-field: with input.format=text a record has no fields")
 

@@ -116,7 +116,12 @@ async def _create(client: AIOKafkaClient, topics: Sequence[Wanted], dry_run: boo
         partitions = topic.partitions or planned.get(topic.like or "") or DEFAULT_PARTITIONS
         replication = topic.replication or min(MAX_DEFAULT_REPLICATION, max(brokers, 1))
         planned[topic.name] = partitions
-        await _create_one(client, topic.name, partitions, replication, configs, dry_run)
+        try:
+            await _create_one(client, topic.name, partitions, replication, configs, dry_run)
+        except KafkaRefused as error:
+            if dry_run or not created:
+                raise
+            raise KafkaRefused(f"{error} (created before it: {', '.join(created)})") from error
         created.append(topic.name)
         details = (
             f"{partitions} partitions",
