@@ -13,20 +13,25 @@ import numpy as np
 class Flight:
     """A batch that has ended: its rows (shape [items, width], float32) or the error it raised.
 
-    ``busy_s`` is the time it occupied the device, in seconds.
+    ``busy_s`` is the time it occupied the device, in seconds, and ``idle_s`` how long the device had stood idle
+    when it began (0.0 where nobody knows).  ``spans`` are what was done with it and when: (``h2d``, ``compute`` or
+    ``d2h``, start, end), in seconds on the clock of ``time.monotonic``; empty where nobody measures them.
     """
 
     slot: int
     rows: np.ndarray | None
     error: BaseException | None
     busy_s: float
+    idle_s: float = 0.0
+    spans: tuple[tuple[str, float, float], ...] = ()
 
 
 class Device(Protocol):
     """What the device stage needs of a device.
 
     A device has ``slots`` staging slots; each carries one batch at a time, so while one batch computes the
-    next ones are already staged behind it.  ``lanes`` is how many batches compute side by side.
+    next ones are already staged behind it.  A slot is free again when its batch came back from :meth:`wait`, and
+    is not launched into before.  ``lanes`` is how many batches compute side by side.
     """
 
     name: str

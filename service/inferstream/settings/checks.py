@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from inferstream.settings.keys import SETTINGS, one_of, show, value_of
-from inferstream.settings.machine import DEVICES
 from inferstream.settings.tree import Settings
 
 COMMIT_SHARE = 0.25  # a commit may take this share of delivery.revoke_timeout_s
@@ -30,9 +29,6 @@ def conflicts(settings: Settings) -> Iterator[Conflict]:
     yield from _topics(settings)
     yield from _guarantee(settings)
     yield from _security(settings)
-    if settings.model.device not in ("auto", *DEVICES):
-        text = f"{settings.model.device} is not yet in this version: use {one_of(DEVICES)}"
-        yield Conflict(("model.device",), text)
 
 
 def _timeouts(settings: Settings) -> Iterator[Conflict]:
