@@ -38,6 +38,8 @@ class PacedDevice:
         self.name = "paced"
         self.slots = slots
         self.lanes = 1
+        self.padded = False
+        self.max_tokens: int | None = None
         self.spans: list[Span] = []
         self._tokens_per_s = tokens_per_s
         self._rows = np.zeros((1, width), dtype=np.float32)
@@ -120,6 +122,8 @@ class WatchedDevice:
         self.name = device.name
         self.slots = device.slots
         self.lanes = device.lanes
+        self.padded = device.padded
+        self.max_tokens = device.max_tokens
         self.batch_s: list[float] = []
         self.launch = device.launch
         self.close = device.close

@@ -27,7 +27,7 @@ from benchmarks.machine import hardware, versions
 from benchmarks.report import Goal, Section, number, table
 from inferstream.device import Device
 from inferstream.device.cpu import CpuDevice
-from inferstream.documents import Document, Prepared
+from inferstream.documents import Document, Prepared, Rejected
 from inferstream.settings import load_settings, resolve
 from inferstream.tasks import ModelInfo
 from inferstream.tools.bench import Engine
@@ -49,8 +49,8 @@ class LossTask:
         self._load_s = load_s
         self._tokens = tokens
 
-    def prepare(self, documents: Sequence[Document]) -> list[Prepared]:
-        prepared = []
+    def prepare(self, documents: Sequence[Document]) -> list[Prepared | Rejected]:
+        prepared: list[Prepared | Rejected] = []
         for document in documents:
             time.sleep(self._load_s)
             ids = np.random.default_rng(int(document.id)).integers(
@@ -66,6 +66,8 @@ class LossTask:
 class LossRunner:
     """The mean loss of each document's next tokens, shape [documents, 1]."""
 
+    padded = False
+
     def __init__(self) -> None:
         torch.manual_seed(SEED)
         config = GPT2Config(
@@ -77,7 +79,7 @@ class LossRunner:
             bos_token_id=None,
             eos_token_id=None,
         )
-        self._model = GPT2LMHeadModel(config).eval()
+        self._model = GPT2LMHeadModel(config).eval()  # type: ignore[no-untyped-call]  # transformers' own
 
     def enter_thread(self) -> None:
         torch.set_num_threads(1)
@@ -120,6 +122,7 @@ def one_after_the_other(task: LossTask, runner: LossRunner, documents: int) -> t
     started = time.perf_counter()
     for n in range(documents):
         (prepared,) = task.prepare([Document(str(n), "")])
+        assert isinstance(prepared, Prepared)
         before = time.perf_counter()
         rows = runner.run(prepared.chunks)
         computed += time.perf_counter() - before

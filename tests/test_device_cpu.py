@@ -16,6 +16,8 @@ from inferstream.device.cpu import CpuDevice
 class Doubling:
     """Gives twice each item; an item that is an exception is raised; ``gate`` holds batches back."""
 
+    padded = True
+
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModel, PreTrainedTokenizerFast
 
 from inferstream.errors import ModelError, OutOfMemory
 from inferstream.models.encoder import Encoder
+from inferstream.models.execution import cpu_encoder
 from inferstream.models.files import locate
 from inferstream.models.pooling import LEGACY_MODES, Head, load_head, pool
 
@@ -47,10 +48,9 @@ def reference() -> SentenceTransformer:
 
 
 @pytest.fixture(scope="module")
-def encoder(reference: SentenceTransformer) -> Encoder:
-    model = reference[0].auto_model
-    assert isinstance(model, torch.nn.Module)
-    return Encoder(model, Head(("mean",), (torch.nn.functional.normalize,), True))
+def encoder() -> Encoder:
+    model = AutoModel.from_pretrained(locate(PACKAGE).folder).eval()
+    return cpu_encoder(model, Head(("mean",), (torch.nn.functional.normalize,), True))
 
 
 def token_ids(reference: SentenceTransformer, texts: list[str]) -> list[np.ndarray]:
@@ -100,7 +100,7 @@ def test_run_when_memory_is_out_raises_out_of_memory(
     def fail(**_: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 1 TB")
 
-    monkeypatch.setattr(encoder, "_model", fail)
+    monkeypatch.setattr(encoder.forward, "_model", fail)
 
     with pytest.raises(OutOfMemory):
         encoder.run([np.array([101, 102], dtype=np.int32)])

@@ -244,16 +244,27 @@ def test_security_when_it_is_set_then_it_is_refused_as_not_yet_there(name: str, 
     assert "not yet in this version" in line
 
 
-def test_device_when_it_is_not_in_this_version_then_it_is_refused() -> None:
-    [line] = problems(model__device="cuda")
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA", "mps"])
+def test_device_when_it_is_none_that_there_is_then_the_choices_are_named(device: str) -> None:
+    [line] = problems(model__device=device)
 
-    assert line == "model.device: cuda is not yet in this version: use cpu [flag --model.device]"
+    assert (
+        line
+        == f"model.device: '{device}' must be auto, cpu, cuda or cuda:N, as in cuda:1 [flag --model.device]"
+    )
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
+def test_device_when_it_may_be_on_another_machine_then_it_is_taken(device: str) -> None:
+    assert load(model__device=device).model.device == device
 
 
 def test_float16_when_the_model_runs_on_the_cpu_then_it_is_refused_before_the_model_is_loaded() -> None:
-    [line] = problems(model__dtype="float16")
+    settings = load(model__dtype="float16")
 
-    assert line.startswith("model.dtype: float16 is not for CPUs: use float32")
+    with pytest.raises(SettingsError, match=r"^model\.dtype: float16 is not for CPUs: use float32"):
+        resolve(settings, "cpu", 2)
+    assert resolve(settings, "cuda", 2).model.dtype == "float16"
 
 
 def test_setting_when_it_has_no_effect_yet_then_a_warning_says_so() -> None:
@@ -436,18 +447,19 @@ def test_device_when_the_model_is_the_hash_then_it_is_hash() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "devices", "kind"),
+    ("file", "usable", "kind"),
     [
-        (None, ("cpu", "cuda"), "cpu"),
-        ("dev/nvidia0", ("cpu", "cuda"), "cuda"),
-        ("proc/driver/nvidia/version", ("cpu", "cuda"), "cuda"),
-        ("dev/nvidia0", ("cpu",), "cpu"),
+        (None, True, "cpu"),
+        ("dev/nvidia0", True, "cuda"),
+        ("dev/nvidiactl", True, "cuda"),  # a container that was given the fourth GPU has no dev/nvidia0
+        ("proc/driver/nvidia/version", True, "cuda"),
+        ("dev/nvidia0", False, "cpu"),
     ],
 )
-def test_device_when_auto_then_a_gpu_is_taken_if_there_is_one_and_this_version_can(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str | None, devices: tuple[str, ...], kind: str
+def test_device_when_auto_then_a_gpu_is_taken_if_there_is_one_that_torch_can_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str | None, usable: bool, kind: str
 ) -> None:
-    monkeypatch.setattr(machine_module, "DEVICES", devices)
+    monkeypatch.setattr(machine_module, "_torch_has_gpu", lambda: usable)
     root = _tree(tmp_path, {file: ""} if file else {})
 
     assert device_kind(load(), root) == kind
@@ -455,3 +467,4 @@ def test_device_when_auto_then_a_gpu_is_taken_if_there_is_one_and_this_version_c
 
 def test_device_when_it_is_set_then_nothing_is_looked_for(tmp_path: Path) -> None:
     assert device_kind(load(model__device="cpu"), _tree(tmp_path, {"dev/nvidia0": ""})) == "cpu"
+    assert device_kind(load(model__device="cuda:1"), _tree(tmp_path, {})) == "cuda"

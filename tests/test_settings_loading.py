@@ -549,7 +549,11 @@ def test_flags_when_a_caller_gives_an_unknown_key_then_it_is_an_error() -> None:
 # ---- the same for every setting
 
 
-SAMPLES = {"kafka.bootstrap_servers": "h:1", "kafka.heartbeat_interval_ms": "1000"}
+SAMPLES = {
+    "kafka.bootstrap_servers": "h:1",
+    "kafka.heartbeat_interval_ms": "1000",
+    "model.device": "cuda:1",
+}
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,8 @@ def test_published_when_records_are_acknowledged_then_each_kind_has_its_counter(
 def test_batch_when_one_is_formed_then_its_tokens_and_padding_are_taken_in() -> None:
     metrics = Metrics()
 
-    metrics.batch("linger", [Item(10), Item(30)])
-    metrics.batch("linger", [])
+    metrics.batch("linger", [Item(10), Item(30)], 60)
+    metrics.batch("linger", [], 0)
 
     assert sample(metrics, "batches_total", closed_by="linger") == 1
     assert sample(metrics, "batch_tokens_sum") == 40

@@ -109,7 +109,7 @@ async def _run(
     loaded = await _unless(stopping, _in_thread(lambda: load_model(settings, codec.embedding)))
     if loaded is None:
         return
-    metrics.model(loaded.info)
+    metrics.model(loaded.info, execution=loaded.execution)
     _calm_the_garbage_collector()
     health.warm = True
     log.info("the model is warm", extra={"model": loaded.info.id, "revision": loaded.info.revision})

@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -155,6 +155,11 @@ class Window:
         self.tokens -= sum(item.length for item in gone)
         gone.sort(key=lambda item: item.order)
         return gone
+
+    def cost(self, items: Sequence[Item]) -> int:
+        """What a batch costs of its budget, in tokens."""
+        lengths = [item.length for item in items]
+        return len(lengths) * max(lengths, default=0) if self.padded else sum(lengths)
 
     def _budget(self, longest: int) -> int:
         return self.max_tokens if self.limit is None else min(self.max_tokens, self.limit(longest))

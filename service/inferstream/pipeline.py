@@ -29,6 +29,7 @@ from inferstream.batching import Item, Window
 from inferstream.codec import Codec
 from inferstream.credit import Credit
 from inferstream.device import Device
+from inferstream.device.memory import Ceilings
 from inferstream.device.stage import DeviceStage
 from inferstream.documents import Document, Kind, Outgoing, Prepared, Reason, Record, Rejected, Stage
 from inferstream.errors import DeadLetterRefused, OutOfMemory
@@ -66,7 +67,10 @@ class Pipeline:
         failed: Callable[[BaseException], None],
     ) -> None:
         loop = asyncio.get_running_loop()
-        assert settings.batch.max_tokens and settings.buffer.max_documents  # resolved at start
+        budget = settings.batch.max_tokens
+        assert budget and settings.buffer.max_documents  # resolved at start
+        if device.max_tokens is not None:
+            budget = min(budget, device.max_tokens)
         assert settings.buffer.max_bytes and settings.buffer.max_tokens and settings.prepare.threads
         self._loop = loop
         self._codec = codec
@@ -83,7 +87,8 @@ class Pipeline:
             settings.buffer.max_lane_share,
             settings.kafka.max_partition_fetch_bytes,
         )
-        self.window = Window(settings.batch.max_tokens)
+        self.window = Window(budget, padded=device.padded)
+        self.ceilings = Ceilings(budget)
         self.workers = Workers(settings.prepare.threads, loop, failed, timeline)
         self.stage = DeviceStage(device, self, loop, timeline)
         self.sink: Sink | None = None
@@ -96,7 +101,6 @@ class Pipeline:
         self.commit_due = asyncio.Event()  # half of what may be uncommitted is
         self._seconds_per_document = 0.0
         self.unprepared = 0  # admitted records that the worker threads have not prepared yet
-        self._full_tokens = settings.batch.max_tokens
 
     # ---- credit and admission (called by the source)
 
@@ -235,7 +239,7 @@ class Pipeline:
             return None
         if self._closing:
             items = self.window.form(arrival=True)
-            self._metrics.batch("closing", items)
+            self._metrics.batch("closing", items, self.window.cost(items))
             return items
         wait_s = self.window.wait_s(time.monotonic(), self._linger_s)
         if wait_s > 0:
@@ -244,7 +248,7 @@ class Pipeline:
             return None
         full = self.window.full
         items = self.window.form()
-        self._metrics.batch("tokens" if full else "linger", items)
+        self._metrics.batch("tokens" if full else "linger", items, self.window.cost(items))
         return items
 
     def _linger_over(self) -> None:
@@ -263,8 +267,10 @@ class Pipeline:
                 if self._seconds_per_document
                 else spent
             )
-        if self.window.max_tokens < self._full_tokens:  # lowered by out of memory: raised again slowly
-            self.window.max_tokens += max(1, self._full_tokens // 200)
+        if self.ceilings.lowered:
+            self.ceilings.fitted(self._longest(items))
+            if not self.ceilings.lowered:
+                self.window.limit = None
 
     def item_failed(self, item: Item, error: BaseException) -> None:
         slot: Slot = item.owner
@@ -289,9 +295,15 @@ class Pipeline:
         self._finished([(slot, self._codec.dead_letter(slot.record, rejected))])
 
     def out_of_memory(self, items: Sequence[Item]) -> None:
-        lowered = max(1, min(self.window.max_tokens, len(items) * max(item.length for item in items)) // 2)
-        log.warning("out of device memory: lowering the token budget", extra={"max_tokens": lowered})
-        self.window.max_tokens = lowered
+        longest = self._longest(items)
+        lowered = self.ceilings.out_of_memory(longest, self.window.cost(items))
+        self.window.limit = self.ceilings.of if self.window.padded else lambda _: self.ceilings.of(1)
+        facts = {"max_tokens": lowered} | ({"longest": longest} if self.window.padded else {})
+        log.warning("out of device memory: lowering the token budget", extra=facts)
+
+    def _longest(self, items: Sequence[Item]) -> int:
+        """What a batch's ceiling goes by: without padding its memory does not depend on its longest document."""
+        return max(item.length for item in items) if self.window.padded else 1
 
     def device_failed(self, error: BaseException) -> None:
         self._failed(error)

@@ -16,13 +16,17 @@ def run(files: Sequence[Path], arguments: Sequence[str]) -> None:
     """Load the settings, start a worker and wait for its end; raises InferstreamError."""
     # The tokenizer's own pool takes every core; it reads this before it is imported.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from inferstream.device.gpus import gpu_of
     from inferstream.settings import cores, device_kind, load_settings, parse_flags, resolve
+    from inferstream.settings.machine import HASH_MODEL
     from inferstream.telemetry.logs import configure
 
     loaded = load_settings(files, os.environ, parse_flags(list(arguments)))
     warn(loaded)
     settings = resolve(loaded.settings, device_kind(loaded.settings), cores())
     configure(settings.telemetry.log_format, settings.telemetry.log_level)
+    if settings.model.id != HASH_MODEL:
+        gpu_of(settings.model.device)  # what this machine has not is told before Kafka is asked for anything
 
     from inferstream import app
     from inferstream.cli.main import report

@@ -22,14 +22,15 @@ class Span(NamedTuple):
 class Flight:
     """A batch that has ended: its rows (shape [items, width], float32) or the error it raised.
 
-    ``busy_s`` is the time the device computed for it, in seconds; ``spans`` are its steps, as far as they are
-    known.
+    ``busy_s`` is the time the device computed for it, in seconds, and ``idle_s`` how long the device had stood idle
+    when it began (0.0 where nobody knows).  ``spans`` are its steps, as far as they are measured.
     """
 
     slot: int
     rows: np.ndarray | None
     error: BaseException | None
     busy_s: float
+    idle_s: float = 0.0
     spans: tuple[Span, ...] = ()
 
     @property
@@ -42,12 +43,19 @@ class Device(Protocol):
     """What the device stage needs of a device.
 
     A device has ``slots`` staging slots; each carries one batch at a time, so while one batch computes the
-    next ones are already staged behind it.  ``lanes`` is how many batches compute side by side.
+    next ones are already staged behind it.  A slot is free again when its batch came back from :meth:`wait`, and
+    is not launched into before.  ``lanes`` is how many batches compute side by side.  A batch costs the sum of its
+    tokens, or, if ``padded``, count x longest.  ``max_tokens`` is the most of them that its memory holds, None where
+    nobody knows.
     """
 
     name: str
     slots: int
     lanes: int
+    padded: bool
+
+    @property
+    def max_tokens(self) -> int | None: ...
 
     def launch(self, slot: int, items: Sequence[Any]) -> None:
         """Stage the batch in the slot and queue its work.  Called by the launcher thread only.
@@ -66,7 +74,9 @@ class Device(Protocol):
 
 
 class Runner(Protocol):
-    """A model as a device runs it: items in, one row per item out."""
+    """A model as a device runs it: items in, one row per item out; ``padded`` as a device's."""
+
+    padded: bool
 
     def run(self, items: Sequence[Any]) -> np.ndarray:
         """Forward and pool the items (what ``Prepared.chunks`` holds); rows [len(items), width], float32.

@@ -34,6 +34,8 @@ class CpuDevice:
         self.name = name
         self.lanes = threads
         self.slots = threads + STAGED
+        self.padded = runner.padded
+        self.max_tokens: int | None = None
         self._runner = runner
         self._work: SimpleQueue[tuple[int, Sequence[Any]] | None] = SimpleQueue()
         self._flights: SimpleQueue[Flight | None] = SimpleQueue()
@@ -81,5 +83,5 @@ class CpuDevice:
                     failure = error
             busy_s = time.thread_time() - cpu
             span = Span(track, "compute", started, time.monotonic())
-            self._flights.put(Flight(slot, rows, failure, busy_s, (span,)))
+            self._flights.put(Flight(slot, rows, failure, busy_s, spans=(span,)))
             del work, items, rows, failure  # nothing of a batch outlives it here

@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,10 @@ import numpy as np
 
 from inferstream.device import Device, Runner
 from inferstream.device.cpu import CpuDevice
+from inferstream.device.gpus import check_weights, dtype_on, gpu_of
 from inferstream.errors import ModelError, SettingsError
 from inferstream.models.files import locate, one_line, read_json, transformer_folder
+from inferstream.models.positions import most_tokens
 from inferstream.models.warmup import Costs, warm_up
 from inferstream.settings import Settings, cores
 from inferstream.tasks import ModelInfo, Task
@@ -29,7 +31,9 @@ from inferstream.tasks.hash import WIDTH as HASH_WIDTH
 from inferstream.tasks.hash import HashRunner, HashTask
 
 if TYPE_CHECKING:
+    from inferstream.device.forward import Forward
     from inferstream.models.encoder import Encoder
+    from inferstream.models.pooling import Head
     from inferstream.models.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -45,15 +49,15 @@ SENTENCE_FILES = (
     "sentence_xlm-roberta_config.json",
     "sentence_xlnet_config.json",
 )
-OFFSET_POSITIONS = frozenset(("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer"))
-"""Model types whose first position is the padding id + 1, so that this many fewer tokens fit."""
-
 NO_LIMIT = 8192  # tokens; for the few models whose files name none
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A warm model: ``max_length`` in tokens, ``dimensions`` of a vector, ``costs`` of a sample document."""
+    """A warm model: ``max_length`` in tokens, ``dimensions`` of a vector, ``costs`` of a sample document.
+
+    ``execution`` is ``packed`` (no padding is computed) or ``padded``.
+    """
 
     task: Task
     device: Device
@@ -61,6 +65,7 @@ class Loaded:
     max_length: int
     dimensions: int
     costs: Costs
+    execution: str
 
 
 def load(settings: Settings, encode_embedding: EncodeEmbedding) -> Loaded:
@@ -70,8 +75,6 @@ def load(settings: Settings, encode_embedding: EncodeEmbedding) -> Loaded:
     """
     if settings.model.id == HASH_MODEL:
         return _load_hash(settings, encode_embedding)
-    if settings.model.device == "cuda":
-        raise SettingsError("model.device: cuda is not in this version yet; set model.device to cpu")
     return _load_encoder(settings, encode_embedding)
 
 
@@ -83,19 +86,27 @@ def _load_hash(settings: Settings, encode_embedding: EncodeEmbedding) -> Loaded:
     costs = warm_up(task, runner)
     # It holds the interpreter's lock all the time, so a second thread would only wait for the first.
     device = CpuDevice(runner, model.compute_threads or 1, "hash")
-    return Loaded(task, device, task.model, max_length, HASH_WIDTH, costs)
+    return Loaded(task, device, task.model, max_length, HASH_WIDTH, costs, "packed")
 
 
 def _load_encoder(settings: Settings, encode_embedding: EncodeEmbedding) -> Loaded:
     model = settings.model
-    dtype = _cpu_dtype(model.dtype)
+    gpu = gpu_of(model.device)
+    dtype = _cpu_dtype(model.dtype) if gpu is None else dtype_on(model.dtype, gpu)
     files = locate(model.id, model.revision)
     # Read when tokenizers first works in a process: its own pool of threads would take every core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         sentence = read_sentence_files(files.folder)
         tokenizer, tokenizer_length, ids = _load_tokenizer(sentence)
-        encoder, positions = _load_transformer(sentence, dtype, ids)
+        transformer = _load_transformer(sentence, dtype, ids)
+        if gpu is None:
+            encoder = transformer.on_cpu(type_ids=tokenizer.type_ids)
+            forward = encoder.forward
+        else:
+            encoder, forward = None, transformer.on_gpu(gpu, type_ids=tokenizer.type_ids)
+    except SettingsError:
+        raise
     except ModelError as error:
         raise ModelError(f"model.id {model.id}: {error}") from error
     except Exception as error:  # whatever transformers makes of files that are not as they should be
@@ -105,7 +116,7 @@ def _load_encoder(settings: Settings, encode_embedding: EncodeEmbedding) -> Load
 
     from inferstream.tasks.embed import EmbedTask
 
-    most = positions or tokenizer_length or NO_LIMIT
+    most = transformer.positions or tokenizer_length or NO_LIMIT
     own = min(most, sentence.max_length or tokenizer_length or most)
     max_length = _max_length(settings, own, most, special=tokenizer.single.added)
     info = ModelInfo(model.id, files.revision, dtype)
@@ -117,12 +128,39 @@ def _load_encoder(settings: Settings, encode_embedding: EncodeEmbedding) -> Load
         model.max_chunks,
         encode_embedding,
         prompt=sentence.prompt,
-        normalizes=encoder.normalizes,
+        normalizes=transformer.head.normalizes,
     )
-    costs = warm_up(task, encoder)
-    _check_worst_batch(settings, costs, max_length)
-    device = _cpu_device(settings, encoder, costs)
-    return Loaded(task, device, info, max_length, encoder.width, costs)
+    if encoder is not None:
+        costs = warm_up(task, encoder)
+        _check_worst_batch(settings, costs, max_length)
+        device = _cpu_device(settings, encoder, costs)
+    else:
+        assert gpu is not None
+        device, costs = _cuda_device(settings, task, forward, gpu, max_length, ids)
+        _check_worst_batch(settings, costs, max_length)
+    execution = "padded" if forward.padded else "packed"
+    return Loaded(task, device, info, max_length, forward.width, costs, execution)
+
+
+def _cuda_device(
+    settings: Settings, task: Task, forward: Forward, gpu: int, max_length: int, ids: int
+) -> tuple[Device, Costs]:
+    """The warm GPU, and what a document costs on it; ``forward`` is on it, ``ids`` from 0 to below are valid."""
+    from inferstream.device.cuda import CudaDevice
+    from inferstream.device.streams import CudaStreams
+
+    assert settings.batch.max_tokens  # resolved at start
+    device = CudaDevice(
+        forward,
+        CudaStreams(gpu),
+        max_tokens=settings.batch.max_tokens,
+        max_length=max_length,
+        slots=settings.device.staging_slots,
+        graphs=settings.device.cuda_graphs,
+        vocabulary=ids,
+    )
+    # The CPU time of a batch is that of launching it; how fast the GPU is, its own events know.
+    return device, replace(warm_up(task, device), tokens_per_s=device.tokens_per_s)
 
 
 def _cpu_device(settings: Settings, runner: Runner, costs: Costs) -> Device:
@@ -276,13 +314,41 @@ def _load_tokenizer(sentence: SentenceFiles) -> tuple[TextTokenizer, int | None,
     return text_tokenizer, limit if limit < 1 << 30 else None, ids
 
 
-def _load_transformer(sentence: SentenceFiles, dtype: str, ids: int) -> tuple[Encoder, int | None]:
-    """The encoder, and the most tokens its positions allow (None: no limit)."""
+@dataclass(frozen=True, slots=True)
+class Transformer:
+    """A model's weights in host memory and its head; ``positions`` is the most tokens it takes (None: no limit)."""
+
+    model: Any
+    head: Head
+    pad_id: int
+    positions: int | None
+
+    def on_cpu(self, *, type_ids: bool) -> Encoder:
+        """``type_ids``: the tokenizer gives token types."""
+        import torch
+
+        from inferstream.models.execution import cpu_encoder, warn_if_slower_than_float32
+
+        if self.model.dtype != torch.float32:
+            warn_if_slower_than_float32(self.model)
+        return cpu_encoder(self.model, self.head, pad_id=self.pad_id, type_ids=type_ids)
+
+    def on_gpu(self, index: int, *, type_ids: bool) -> Forward:
+        """Move the weights to the GPU.  Raises SettingsError if they do not fit."""
+        import torch
+
+        from inferstream.models.execution import best_forward
+
+        check_weights(self.model, index)
+        self.model.to(torch.device("cuda", index))
+        return best_forward(self.model, self.head, pad_id=self.pad_id, type_ids=type_ids)
+
+
+def _load_transformer(sentence: SentenceFiles, dtype: str, ids: int) -> Transformer:
     import torch
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging as transformers_logging
 
-    from inferstream.models.encoder import Encoder
     from inferstream.models.pooling import Head, load_head, pools_prompt
 
     # Untyped functions.  What matters of the report on the weights is checked below.
@@ -317,9 +383,4 @@ def _load_transformer(sentence: SentenceFiles, dtype: str, ids: int) -> tuple[En
     if ids > rows:
         raise ModelError(f"its tokenizer gives ids up to {ids - 1}, the model only knows {rows}")
     pad_id = getattr(config, "pad_token_id", None) or 0
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in OFFSET_POSITIONS:
-        positions -= pad_id + 1
-    if positions is not None and positions <= 0:  # -1: xlnet's way to say that there is no limit
-        positions = None
-    return Encoder(transformer, head, pad_id=pad_id), positions
+    return Transformer(transformer.eval(), head, pad_id, most_tokens(config, pad_id))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Head:
     """What follows the transformer: pooling modes, then steps on the pooled vectors, all in float32.
 
     ``truncate_dim`` keeps the first so many dimensions of the end.  ``normalizes``: the result has unit
-    length.
+    length.  Nothing here waits for the device: no size depends on a value.
     """
 
     modes: tuple[str, ...] = ("mean",)
@@ -48,8 +48,22 @@ class Head:
     truncate_dim: int | None = None
 
     def __call__(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        """``hidden`` [texts, tokens, width], right-padded; ``lengths`` [texts] int64 → [texts, width]."""
-        vectors = torch.cat([pool(mode, hidden, lengths) for mode in self.modes], dim=-1)
+        """``hidden`` [texts, tokens, width], right-padded; ``lengths`` [texts] → [texts, width]."""
+        return self._finish([pool(mode, hidden, lengths) for mode in self.modes])
+
+    def packed(self, hidden: Tensor, bounds: Tensor, count: int) -> Tensor:
+        """``hidden`` [T, width] of texts one behind the other; ``bounds`` as in :func:`pool_packed` → the first
+        ``count`` of them, [count, width].
+        """
+        return self._finish([pool_packed(mode, hidden, bounds)[:count] for mode in self.modes])
+
+    def to(self, device: torch.device) -> Head:
+        """The same head with its weights on the device."""
+        steps = tuple(step.to(device) if isinstance(step, Dense) else step for step in self.steps)
+        return replace(self, steps=steps)
+
+    def _finish(self, pooled: list[Tensor]) -> Tensor:
+        vectors = torch.cat(pooled, dim=-1)
         for step in self.steps:
             vectors = step(vectors)
         return vectors[:, : self.truncate_dim]
@@ -60,20 +74,52 @@ def pool(mode: str, hidden: Tensor, lengths: Tensor) -> Tensor:
     if mode == "cls":
         return hidden[:, 0].float()
     if mode == "lasttoken":
-        return hidden[torch.arange(len(hidden)), lengths - 1].float()
+        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1].float()
     hidden = hidden.float()
-    positions = torch.arange(hidden.shape[1])
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
     padding = (positions >= lengths[:, None])[:, :, None]
     if mode == "max":
         return hidden.masked_fill(padding, float("-inf")).amax(dim=1)
+    # Filled, not multiplied by a mask: what stands in the padding need not be finite, and NaN * 0 is NaN.
     hidden = hidden.masked_fill(padding, 0.0)
-    if mode == "mean":
-        return hidden.sum(dim=1) / lengths[:, None]
-    if mode == "mean_sqrt_len_tokens":
-        return hidden.sum(dim=1) / lengths[:, None].sqrt()
     if mode == "weightedmean":
-        weights = positions + 1.0
-        return (hidden * weights[:, None]).sum(dim=1) / (lengths * (lengths + 1) / 2)[:, None]
+        hidden = hidden * (positions + 1.0)[:, None]
+    return hidden.sum(dim=1) / _divisors(mode, lengths)
+
+
+def pool_packed(mode: str, hidden: Tensor, bounds: Tensor) -> Tensor:
+    """One vector per text in float32, shape [texts, width], from ``hidden`` [T, width].
+
+    ``bounds`` int32 [texts + 1] are the texts' first tokens and T.  A text of no token gets a vector that means
+    nothing.
+    """
+    tokens = len(hidden)
+    starts, ends = bounds[:-1], bounds[1:]
+    if mode == "cls":
+        return hidden.index_select(0, starts.clamp(max=tokens - 1)).float()
+    if mode == "lasttoken":
+        return hidden.index_select(0, (ends - 1).clamp(min=0)).float()
+    hidden = hidden.float().contiguous()
+    index = torch.arange(tokens, dtype=bounds.dtype, device=hidden.device)
+    if mode == "weightedmean":
+        text = torch.searchsorted(ends, index, right=True, out_int32=True).clamp(max=len(ends) - 1)
+        hidden = hidden * (index - starts.index_select(0, text) + 1.0)[:, None]
+    # A bag is a text's tokens in order: sums without atomics, so the same in every run, and a value that is
+    # not finite stays in its own text.
+    kind = "max" if mode == "max" else "sum"
+    bags = functional.embedding_bag(index, hidden, bounds, mode=kind, include_last_offset=True)
+    return bags if mode == "max" else bags / _divisors(mode, ends - starts)
+
+
+def _divisors(mode: str, lengths: Tensor) -> Tensor:
+    """What the sum of a text's tokens is divided by, float32 [texts, 1]."""
+    counts = lengths[:, None].float()
+    if mode == "mean":
+        return counts
+    if mode == "mean_sqrt_len_tokens":
+        return counts.sqrt()
+    if mode == "weightedmean":
+        return counts * (counts + 1) / 2
     raise ValueError(mode)
 
 
@@ -125,7 +171,23 @@ def _normalize(vectors: Tensor) -> Tensor:
     return functional.normalize(vectors, p=2.0, dim=-1)
 
 
-def _dense(path: Path) -> Callable[[Tensor], Tensor]:
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A linear layer and its activation; ``weight`` [out, in] and ``bias`` [out] are float32."""
+
+    weight: Tensor
+    bias: Tensor | None
+    activation: Callable[[Tensor], Tensor]
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        return self.activation(functional.linear(vectors, self.weight, self.bias))
+
+    def to(self, device: torch.device) -> Dense:
+        bias = None if self.bias is None else self.bias.to(device)
+        return Dense(self.weight.to(device), bias, self.activation)
+
+
+def _dense(path: Path) -> Dense:
     config = read_json(path / "config.json")
     kind = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     activation = ACTIVATIONS.get(kind.rsplit(".", 1)[-1]) if kind.startswith("torch.nn.") else None
@@ -139,9 +201,8 @@ def _dense(path: Path) -> Callable[[Tensor], Tensor]:
     from safetensors.torch import load_file
 
     weights = load_file(path / "model.safetensors")
-    weight = weights["linear.weight"].float()
     bias = weights["linear.bias"].float() if config.get("bias", True) else None
-    return lambda vectors: activation(functional.linear(vectors, weight, bias))
+    return Dense(weights["linear.weight"].float(), bias, activation)
 
 
 def _only_sentence_embedding(config: dict[str, Any], where: str) -> None:

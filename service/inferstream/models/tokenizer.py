@@ -75,7 +75,7 @@ class Layout:
 class TextTokenizer:
     """A Rust tokenizer with its padding and truncation off; the GIL is released while it works.
 
-    ``type_ids``: whether the model takes token type ids.  ``keep_end``: whether a text that is too long
+    ``type_ids``: whether the model is given token type ids.  ``keep_end``: whether a text that is too long
     loses its beginning.  All methods may be called from several threads at once.
     """
 
@@ -83,7 +83,7 @@ class TextTokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
-        self._type_ids = type_ids
+        self.type_ids = type_ids
         self._keep_end = keep_end
         self._boundary = None if keep_end else safe_boundary(json.loads(backend.to_str()))
         self.single = _layout(backend, pair=False)
@@ -119,7 +119,7 @@ class TextTokenizer:
     def item(self, ids: Ids) -> Any:
         """The model input of one text, from ids that hold their special tokens."""
         row = np.array(ids, dtype=np.int32)
-        if not self._type_ids or not self.single.typed:
+        if not self.type_ids or not self.single.typed:
             return row
         types = self.single.types(len(ids) - self.single.added)
         return Tokens(row, np.array(types, dtype=np.int32))
@@ -127,7 +127,7 @@ class TextTokenizer:
     def pair_item(self, text: Ids, pair: Ids) -> Any:
         """The model input of a pair, from ids without special tokens."""
         row = np.array(self.pair.join(text, pair), dtype=np.int32)
-        if not self._type_ids or not self.pair.typed:
+        if not self.type_ids or not self.pair.typed:
             return row
         return Tokens(row, np.array(self.pair.types(len(text), len(pair)), dtype=np.int32))
 

@@ -40,7 +40,7 @@ class Costs:
 
 def warm_up(task: Task, runner: Runner) -> Costs:
     """Run sample documents through the task and the runner, as a compute thread would; takes two batches."""
-    return _in_thread(lambda: _measure(task, runner))
+    return in_thread(lambda: _measure(task, runner))
 
 
 def sample_documents() -> list[Document]:
@@ -72,9 +72,9 @@ def _measure(task: Task, runner: Runner) -> Costs:
     items = [chunk for answer in prepared for chunk in answer.chunks]
     runner.run(items[:2])  # what is paid once: code paths, workspaces
 
-    prepare_s = _cpu_seconds(lambda: task.prepare(documents), REPEATS)
+    prepare_s = cpu_seconds(lambda: task.prepare(documents), REPEATS)
     rows: list[np.ndarray] = []
-    compute_s = _cpu_seconds(lambda: rows.append(runner.run(items)), 1)
+    compute_s = cpu_seconds(lambda: rows.append(runner.run(items)), 1)
 
     def finish() -> None:
         at = 0
@@ -84,20 +84,21 @@ def _measure(task: Task, runner: Runner) -> Costs:
             at += len(answer.chunks)
 
     finish()
-    finish_s = _cpu_seconds(finish, REPEATS)
+    finish_s = cpu_seconds(finish, REPEATS)
     count = len(documents)
     tokens = sum(answer.tokens for answer in prepared)
     return Costs(prepare_s / count, compute_s / count, finish_s / count, tokens / max(compute_s, 1e-9))
 
 
-def _cpu_seconds(work: Callable[[], object], repeats: int) -> float:
+def cpu_seconds(work: Callable[[], object], repeats: int = 1) -> float:
+    """CPU seconds of the calling thread that one call of ``work`` takes, on average."""
     started = time.thread_time()
     for _ in range(repeats):
         work()
     return (time.thread_time() - started) / repeats
 
 
-def _in_thread(work: Callable[[], T]) -> T:
+def in_thread(work: Callable[[], T]) -> T:
     """Run in a thread of its own, whose thread count a runner may set without touching the caller's."""
     results: list[T] = []
     errors: list[BaseException] = []

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from inferstream.settings.keys import SETTINGS, one_of, show, value_of
-from inferstream.settings.machine import DEVICES
 from inferstream.settings.tree import Settings
 
 COMMIT_SHARE = 0.25  # a commit may take this share of delivery.revoke_timeout_s
@@ -30,13 +29,6 @@ def conflicts(settings: Settings) -> Iterator[Conflict]:
     yield from _topics(settings)
     yield from _guarantee(settings)
     yield from _security(settings)
-    if settings.model.device not in ("auto", *DEVICES):
-        text = f"{settings.model.device} is not yet in this version: use {one_of(DEVICES)}"
-        yield Conflict(("model.device",), text)
-    if settings.model.dtype == "float16" and (settings.model.device == "cpu" or DEVICES == ("cpu",)):
-        yield Conflict(
-            ("model.dtype",), "float16 is not for CPUs: use float32, or bfloat16 where the CPU has it"
-        )
 
 
 def _timeouts(settings: Settings) -> Iterator[Conflict]:

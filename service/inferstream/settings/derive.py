@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from inferstream.errors import SettingsError
-from inferstream.settings.machine import DEVICES
 from inferstream.settings.tree import MAX_TOPIC_NAME, MIB, Settings
 
 WINDOW_BATCHES = 16  # below about 16 batches in the window, padding grows
@@ -52,11 +51,15 @@ def resolve(settings: Settings, device: str, cores: int) -> Settings:
 
     if model.device == "auto":
         why = {
-            "cpu": "no NVIDIA GPU here" if "cuda" in DEVICES else "the only device in this version",
+            "cpu": "no NVIDIA GPU here that torch can use",
             "cuda": "there is an NVIDIA GPU",
             "hash": "builtin:hash runs on the CPU",
         }[device]
         found["model.device"] = ("cuda" if device == "cuda" else "cpu", why)
+    if model.dtype == "float16" and device == "cpu":
+        raise SettingsError(
+            "model.dtype: float16 is not for CPUs: use float32, or bfloat16 where the CPU has it"
+        )
 
     batch_tokens = batch.max_tokens
     if batch_tokens is None:

@@ -1,4 +1,4 @@
-"""What settings derive from: the cores this process may use, and the kind of device.  Imports no torch."""
+"""What settings derive from: the cores this process may use, and the kind of device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from inferstream.settings.tree import Settings
 
 HASH_MODEL = "builtin:hash"
-DEVICES = ("cpu",)  # what this version can compute on; `auto` takes the best of them
+DRIVER = ("dev/nvidiactl", "dev/nvidia0", "proc/driver/nvidia/version", "dev/dxg")  # the last in WSL
 
 
 def cores(root: Path = Path("/")) -> int:
@@ -66,13 +66,18 @@ def _quota(group: Path) -> float | None:
 def device_kind(settings: Settings, root: Path = Path("/")) -> str:
     """Which device the worker will use, for :func:`resolve`: ``hash``, ``cpu`` or ``cuda``.
 
-    ``auto`` looks for the NVIDIA driver, without asking torch, so that the command line stays quick.
+    ``auto`` is ``cuda`` if torch can use a GPU.  torch is asked, which takes seconds, only where there is an NVIDIA
+    driver.  Whether a GPU that was asked for can be had shows when the model is loaded: a settings file may be
+    checked on another machine.
     """
     if settings.model.id == HASH_MODEL:
         return "hash"
     if settings.model.device != "auto":
-        return settings.model.device
-    if "cuda" not in DEVICES:
-        return "cpu"
-    found = (root / "dev/nvidia0").exists() or (root / "proc/driver/nvidia/version").exists()
-    return "cuda" if found else "cpu"
+        return settings.model.device.partition(":")[0]
+    return "cuda" if any((root / path).exists() for path in DRIVER) and _torch_has_gpu() else "cpu"
+
+
+def _torch_has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -71,6 +71,12 @@ def _servers(servers: list[str]) -> list[str]:
     return servers
 
 
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise ValueError("must be auto, cpu, cuda or cuda:N, as in cuda:1")
+    return name
+
+
 Text = Annotated[str, Field(min_length=1)]
 Topic = Annotated[str, AfterValidator(topic_name)]
 Pointer = Annotated[str, AfterValidator(_pointer)]
@@ -317,16 +323,20 @@ class Model(Section):
     task: Literal["embed"] = "embed"
     """What the model is asked for.  ``embed``: one vector per document."""
 
-    device: Annotated[Literal["auto", "cpu", "cuda"], Auto("cpu")] = "auto"
-    """Where the model runs.  ``cuda`` is not yet in this version: it is refused at start (exit 2), and
-    ``auto`` is the CPU also where there is a GPU."""
+    device: Annotated[str, AfterValidator(_device), Auto("cuda where there is one, else cpu")] = "auto"
+    """Where the model runs: ``auto``, ``cpu``, ``cuda`` (the first GPU) or ``cuda:N``.
+
+    ``auto`` takes the first GPU if there is an NVIDIA driver and torch can use it.  A GPU that is asked for and
+    cannot be had is refused at start (exit 2).  One worker uses one GPU: to use several, run a worker for each, with
+    ``cuda:N`` or CUDA_VISIBLE_DEVICES.  See docs/gpu.md."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The numbers that the model computes with.  ``auto`` is float32 on the CPU.
+    """The numbers that the model computes with.  ``auto`` is float32 on the CPU, and on a GPU bfloat16 where it
+    has it in hardware (compute capability 8.0), else float32.
 
-    bfloat16 is about twice as fast where the hardware has it, and refused (exit 2) on a CPU that has not;
-    embeddings then agree with float32 to a cosine of at least 0.999.  float16 is refused on a CPU.  Vectors
-    computed in different types should not share an index."""
+    bfloat16 is about twice as fast where the hardware has it, and refused (exit 2) where it has not; embeddings
+    then agree with float32 to a cosine of at least 0.999.  float16 is refused on a CPU.  On a GPU, float32 cannot
+    run without padding.  Vectors computed in different types should not share an index."""
 
     max_length: Annotated[int | None, Field(ge=1, le=1 << 20), Auto("the model's own limit")] = None
     """The most tokens of one model input, special tokens included.
@@ -357,8 +367,9 @@ class Batch(Section):
     """The token budget of one batch, padding included.
 
     More fills a GPU better up to a point and costs its memory; it also makes every document wait for the
-    longer batch.  It is raised to ``model.max_length`` where that is set and larger, and lowered by the
-    worker itself when the device runs out of memory."""
+    longer batch.  It is raised to ``model.max_length`` where that is set and larger.  On a GPU it is lowered at
+    start to what its memory holds, measured with the model loaded; and the worker lowers it by itself, for
+    documents of like length, when the device runs out of memory."""
 
     linger_ms: Annotated[float, Field(ge=0, le=60_000)] = 5
     """How long a free device waits for a batch to fill, in milliseconds.
@@ -402,6 +413,19 @@ class Prepare(Section):
 
 
 class DeviceSection(Section):
+    staging_slots: Annotated[int, Field(ge=1, le=16)] = 3
+    """On a GPU, how many batches are on their way at once: one computes, one is copied in or waits in the GPU's
+    memory, one is copied out.
+
+    1 makes the GPU wait for the host after every batch, 2 can.  Each more takes memory of the host and the GPU for
+    one batch, and makes every document wait for one more.  No effect on the CPU."""
+
+    cuda_graphs: Annotated[int, Field(ge=0, le=1024)] = 64
+    """On a GPU, how many CUDA graphs are recorded at start, for small batches; 0 for none.
+
+    A graph launches a whole forward at once, which matters where the GPU is faster than the host that feeds it.
+    Each takes some of the GPU's memory and time at start.  A model that has to be padded runs without."""
+
     hang_timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 120
     """How long a batch may be on the device before ``/livez`` fails, in seconds, so that the orchestrator
     restarts the worker.
@@ -497,7 +521,7 @@ class Settings(Section):
     """The threads around the device."""
 
     device: DeviceSection = DeviceSection()
-    """The watch over the device."""
+    """What is in flight on the device, and the watch over it."""
 
     delivery: Delivery = Delivery()
     """What is promised about results, and how long an orderly end may take."""

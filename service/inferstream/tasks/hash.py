@@ -102,6 +102,8 @@ class HashTask:
 class HashRunner:
     """Turns digests into vectors, behind :class:`inferstream.device.Runner`."""
 
+    padded = False
+
     def enter_thread(self) -> None:
         pass
 

@@ -186,7 +186,7 @@ class Metrics:
         self._batch_tokens = self._distribution("batch_tokens", "Tokens of a batch, without padding.", TOKENS)
         self._batch_padding = self._distribution(
             "batch_padding_ratio",
-            "Share of a batch that is padding if every document is padded to the longest.",
+            "Share of a batch that is padding; 0 where documents are packed.",
             RATIOS,
         )
         self._batches = self._counter("batches_total", "Batches formed, by what closed them.", "closed_by")
@@ -251,15 +251,17 @@ class Metrics:
         """A stage worked that long on one piece of work."""
         self._stage_seconds.labels(stage).observe(seconds)
 
-    def batch(self, closed_by: str, items: Sequence[Sized]) -> None:
-        """A batch was formed; ``closed_by`` says why now (``tokens``, ``linger``, ``closing``)."""
+    def batch(self, closed_by: str, items: Sequence[Sized], cost: int) -> None:
+        """A batch was formed; ``closed_by`` says why now (``tokens``, ``linger``, ``closing``).
+
+        ``cost`` is what it takes of its budget, in tokens: what is more than the items' own is padding.
+        """
         if not items:
             return
-        lengths = [item.length for item in items]
-        tokens = sum(lengths)
+        tokens = sum(item.length for item in items)
         self._batches.labels(closed_by).inc()
         self._batch_tokens.labels().observe(tokens)
-        self._batch_padding.labels().observe(1 - tokens / max(1, max(lengths) * len(lengths)))
+        self._batch_padding.labels().observe(1 - tokens / max(1, cost))
 
     def device_busy(self, total_s: float, lanes: int) -> None:
         """Read the device's clock: ``total_s`` of computing so far, summed over ``lanes`` side by side."""

@@ -111,7 +111,7 @@ class Engine:
         self._ended: asyncio.Future[None] = loop.create_future()
         self._workers = Workers(settings.prepare.threads, loop, self._fail, timeline)
         self._stage = DeviceStage(device, self, loop, timeline)
-        self._window = Window(self._budget)
+        self._window = Window(min(self._budget, device.max_tokens or self._budget), padded=device.padded)
         self._texts: Sequence[str] = ()
         self._next = self._held = self._done = self._refused = 0
         self._padded = 0
@@ -189,7 +189,7 @@ class Engine:
             if not self._window.full and more and not self._stage.idle:
                 return
             items = self._window.form()
-            self._padded += len(items) * max(item.length for item in items)
+            self._padded += self._window.cost(items)
             self._stage.launch(items)
 
     def batch_done(self, items: Sequence[Item], rows: np.ndarray) -> None:

@@ -1,0 +1,198 @@
+"""CUDA graphs for small batches: the kernels of a forward recorded once, launched as one.
+
+A small batch takes the GPU less time than its hundred kernels take the host to launch.  A graph launches them all at
+once, but it was recorded with a fixed number of tokens and documents: a batch is filled up to it with dummies.  What
+that may cost, and so which batches run as a graph, is :func:`choose`.
+
+All graphs are recorded and checked before the first document.  Recording one later would stall the stream it is meant
+to keep busy, so a batch that no graph suits is launched kernel by kernel (eager), and nothing is ever thrown out.
+
+All read the one slab ``inbox`` and write the one slab ``outbox``, and share the memory in between: they only ever
+run one after the other, on the compute stream, and what a graph computed leaves that memory within the graph.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inferstream.device.forward import Forward, Shape
+from inferstream.device.streams import Graph, Streams
+
+log = logging.getLogger(__name__)
+
+MAX_PADDING = 0.12
+"""The share of a graph's tokens that may be dummies; above it, launching kernel by kernel is taken to be faster."""
+
+FREE_PADDING = 256
+"""So many dummies are always allowed, in tokens: below a few hundred tokens a forward takes as long as an empty one."""
+
+LARGEST = 16_384
+"""Tokens; from here on the kernels of common encoders run longer than it takes to launch them."""
+
+LONGEST = (128, 512)
+"""The classes of the longest document, in tokens; beyond the last, the model's own limit."""
+
+TOKENS_PER_DOCUMENT = 16
+LEAST_DOCUMENTS = 32
+"""A graph takes one document per so many of its tokens, but at least so many; the cost of an unused place is small."""
+
+SAME_COSINE = 0.999
+"""What a row of a graph and of the eager forward have at least in common; differently rounded sums take little."""
+
+
+def capacities(max_tokens: int, max_items: int, max_length: int) -> list[Shape]:
+    """The shapes worth a graph, smallest first.
+
+    Steps of ``FREE_PADDING``, then of an eighth of a power of two, so that neighbours are less than ``MAX_PADDING``
+    apart; each for every class of the longest document.
+    """
+    top = min(max_tokens, LARGEST)
+    sizes: list[int] = []
+    size = FREE_PADDING
+    while size <= top:
+        sizes.append(size)
+        size += max(FREE_PADDING, (1 << (size.bit_length() - 1)) // 8)
+    classes = [longest for longest in LONGEST if longest < max_length]
+    classes.append(min(max_length, top))
+    return [
+        Shape(min(max_items, max(LEAST_DOCUMENTS, tokens // TOKENS_PER_DOCUMENT)), tokens, longest)
+        for tokens in sizes
+        for longest in sorted({min(longest, tokens) for longest in classes})
+    ]
+
+
+def choose(shape: Shape, available: Sequence[Shape]) -> Shape | None:
+    """The graph that a batch of ``shape`` runs in, of those in ``available`` (by tokens); None: eager.
+
+    The one with the fewest tokens, then the shortest longest document, into which the batch fits and that does not
+    hold too many dummies.
+    """
+    for capacity in available[bisect_left(available, shape.tokens, key=lambda each: each.tokens) :]:
+        padding = capacity.tokens - shape.tokens
+        if padding > FREE_PADDING and padding > MAX_PADDING * capacity.tokens:
+            return None
+        if shape.longest <= capacity.longest and shape.count <= capacity.count:
+            return capacity
+    return None
+
+
+class Graphs:
+    """The graphs of one forward on one device; ``shapes`` are those there are, empty if there are none.
+
+    ``most`` bounds their number.  ``vocabulary``: ids from 0 to below it are valid.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        streams: Streams,
+        *,
+        most: int,
+        max_tokens: int,
+        max_items: int,
+        max_length: int,
+        vocabulary: int,
+    ) -> None:
+        self._forward = forward
+        self._streams = streams
+        self._vocabulary = vocabulary
+        self._graphs: dict[Shape, Graph] = {}
+        self.shapes: list[Shape] = []
+        # A padded batch has a length and a width, and few would come close to both of a graph's.
+        planned = [] if forward.padded else capacities(max_tokens, max_items, max_length)[:most]
+        if not planned:
+            return
+        size = max(forward.slab_size(each.tokens, each.count) for each in planned)
+        count = max(each.count for each in planned)
+        self._staged = streams.array(size, dtype=torch.int32, pinned=True)
+        self._inbox = streams.array(size, dtype=torch.int32)
+        self._outbox = streams.array(count, forward.width, dtype=torch.float32)
+        self._record(planned)
+
+    def choose(self, shape: Shape) -> Shape | None:
+        """The shape to fill a batch up to; None: it runs eagerly."""
+        return choose(shape, self.shapes) if self.shapes else None
+
+    def run(self, capacity: Shape, slab: Tensor, rows: Tensor) -> None:
+        """Within the compute stream's ``run``: a batch in ``slab`` int32, filled up to ``capacity``, to ``rows``."""
+        self._inbox[: len(slab)].copy_(slab)  # one inbox for every slot: a graph knows one address
+        self._graphs[capacity].replay()
+        rows.copy_(self._outbox[: len(rows)])
+
+    def _record(self, planned: Iterable[Shape]) -> None:
+        """All of them, each checked against the eager forward; at the first that cannot be had, none."""
+        random = np.random.default_rng(0)
+        try:
+            for capacity in planned:
+                self._capture(capacity, random)
+                alike = self._check(capacity, random)
+                if not alike >= SAME_COSINE:
+                    raise ArithmeticError(f"its rows differ from the eager ones: cosine {alike:.4f}")
+                self.shapes.append(capacity)
+        except Exception as error:
+            self._graphs.clear()
+            self.shapes.clear()
+            log.warning(
+                "no CUDA graphs: small batches are launched kernel by kernel, which is slower",
+                extra={"capacity": str(capacity), "why": f"{type(error).__name__}: {str(error)[:200]}"},
+            )
+        else:
+            log.info("CUDA graphs recorded", extra={"graphs": len(self.shapes)})
+        finally:
+            self._streams.settle()
+
+    def _capture(self, capacity: Shape, random: np.random.Generator) -> None:
+        count, forward = capacity.count, self._forward
+
+        def work() -> None:
+            self._outbox[:count].copy_(forward.forward(self._inbox, capacity))
+
+        self._stage(self._sample(capacity, random), capacity, self._inbox)
+        self._streams.compute.run(work)  # what a kernel does once, at its first launch, must not be recorded
+        self._streams.settle()
+        self._graphs[capacity] = self._streams.capture(work)
+
+    def _check(self, capacity: Shape, random: np.random.Generator) -> float:
+        """The least cosine between the rows of the graph and of the eager forward, of documents it has not seen."""
+        streams, forward = self._streams, self._forward
+        items = self._sample(capacity, random)
+        rows = streams.array(2, len(items), forward.width, dtype=torch.float32)
+        landed = streams.array(*rows.shape, dtype=torch.float32, pinned=True)
+        slab = torch.empty_like(self._inbox)
+        shape = self._stage(items, None, slab)
+        streams.compute.run(lambda: _copy(rows[0], forward.forward(slab, shape)))
+        streams.settle()
+        self._stage(items, capacity, slab)
+        streams.compute.run(lambda: self.run(capacity, slab, rows[1]))
+        streams.settle()
+        streams.d2h.copy(landed, rows)
+        streams.settle()
+        return float(torch.nn.functional.cosine_similarity(landed[0], landed[1]).min())
+
+    def _sample(self, capacity: Shape, random: np.random.Generator) -> list[np.ndarray]:
+        """Documents of random tokens that do not quite fill the capacity, the longest of them as long as can be."""
+        longest = min(capacity.longest, capacity.tokens)
+        items = [random.integers(0, self._vocabulary, longest, dtype=np.int32)]
+        room = capacity.tokens - longest
+        while len(items) < capacity.count - 1 and room > 3:
+            length = int(random.integers(1, min(longest, room) + 1))
+            items.append(random.integers(0, self._vocabulary, length, dtype=np.int32))
+            room -= length
+        return items
+
+    def _stage(self, items: Sequence[np.ndarray], capacity: Shape | None, target: Tensor) -> Shape:
+        """The documents in a slab on the device, which must have nothing to do."""
+        shape = self._forward.pack(items, self._staged.numpy(), capacity)
+        self._streams.h2d.copy(target, self._staged)
+        self._streams.settle()
+        return shape
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source)

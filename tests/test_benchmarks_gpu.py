@@ -1,0 +1,53 @@
+"""The GPU benchmarks as far as a machine without a GPU can run them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.feed import batched, feed, fixed, mixed
+from benchmarks.gpu.models import BERT, MINILM, peak_flops
+from inferstream.device.cuda import CudaDevice
+from tests.support.streams import FakeStreams, ToyForward
+
+
+def test_benchmark_when_there_is_no_gpu_says_so_in_a_line_and_exits_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    assert main(["engine"]) == 2
+
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("benchmarks.gpu: there is no CUDA device here (torch ")
+    assert err.count("\n") == 1
+
+
+def test_feed_when_a_device_is_fed_counts_what_it_did() -> None:
+    device = CudaDevice(
+        ToyForward(), FakeStreams(random.Random(1).randrange), max_tokens=64, max_length=16, max_items=8
+    )
+
+    fed = feed(device, fixed(16, 64, 3, 100), seconds=0.2)
+
+    assert fed.documents == 4 * fed.batches > 0
+    assert fed.tokens == 64 * fed.batches
+    assert fed.seconds >= 0.2 and fed.busy_s > 0 and 0 <= fed.idle_ratio < 1 and fed.latency_s > 0
+
+
+def test_batches_when_formed_for_a_benchmark_are_full_and_within_the_budget() -> None:
+    documents = mixed(2000, 512, 100)
+
+    packed, padded = batched(documents, 4096, padded=False), batched(documents, 4096, padded=True)
+
+    assert all(4096 - 512 <= sum(map(len, items)) <= 4096 for items in packed)
+    assert all(len(items) * max(map(len, items)) <= 4096 for items in padded)
+    assert len(padded) >= len(packed) > 20
+
+
+def test_flops_when_counted_are_those_of_the_known_shapes() -> None:
+    assert MINILM.flops_per_token(128) == pytest.approx(22.41e6, rel=0.01)
+    assert BERT.flops_per_token(128) == pytest.approx(174.6e6, rel=0.01)
+    assert peak_flops("NVIDIA H200") == 989e12 and peak_flops("a GPU of the future") is None
