@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 import orjson
 import pytest
 
+from inferstream.codec import Codec
 from inferstream.errors import SettingsError
+from inferstream.models.loading import load
+from inferstream.settings import load_settings, resolve
 from inferstream.telemetry import timeline as module
 from inferstream.telemetry.timeline import Timeline, TraceFile
+from inferstream.tools.bench import Engine
 
 
 def events(path: Path) -> list[dict[str, Any]]:
@@ -86,3 +91,23 @@ def test_trace_when_threads_write_at_once_then_no_event_is_torn(tmp_path: Path) 
 def test_trace_when_the_folder_is_missing_then_the_error_names_the_option(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"--trace.*No such file"):
         TraceFile(tmp_path / "missing" / "trace.json")
+
+
+async def test_engine_when_it_is_traced_then_each_batch_waits_computes_and_is_finished(
+    tmp_path: Path,
+) -> None:
+    settings = resolve(load_settings((), {}, {"model.id": "builtin:hash"}, require=False).settings, "hash", 2)
+    model = load(settings, Codec.from_settings(settings).embedding)
+    trace = TraceFile(tmp_path / "trace.json")
+    engine = Engine(settings, model.task, model.device, Timeline(trace=trace))
+    measured = await engine.run([f"document {n}" for n in range(500)])
+    await asyncio.to_thread(engine.close)
+    trace.close()
+    found = events(tmp_path / "trace.json")
+    computed = [event for event in found if event["name"] == "compute"]
+    assert len(computed) == measured.batches > 0
+    assert sum(event["args"]["documents"] for event in computed) == 500
+    assert sum(event["args"]["tokens"] for event in computed) == measured.tokens
+    waited = {event["args"]["batch"]: event["ts"] for event in found if event["ph"] == "b"}
+    assert all(waited[event["args"]["batch"]] <= event["ts"] for event in computed)
+    assert {event["name"] for event in found} >= {"prepare", "wait", "compute", "finish"}

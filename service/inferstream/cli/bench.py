@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +45,19 @@ def bench_command(
     ] = 10.0,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the fastest and the slowest are shown.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write what each stage does when in the last round; ui.perfetto.dev opens it.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png", help="Draw the middle of the last round: how the stages overlap (matplotlib)."
+        ),
+    ] = None,
 ) -> None:
     """Measure a model on this machine: documents and tokens per second, padding, CPU time per stage.
 
@@ -63,7 +77,16 @@ def bench_command(
     settings = resolve(loaded.settings, device_kind(loaded.settings), cores())
     configure(settings.telemetry.log_format, "warning")
     documents = read_texts(texts, settings.input.text_field)
-    model, results = asyncio.run(_measure(settings, documents, seconds, rounds))
+    if plot is not None:
+        from inferstream.tools.plot import draw, load_matplotlib
+
+        load_matplotlib()  # what is missing is told before the minutes of measuring
+    with tempfile.TemporaryDirectory(prefix="inferstream-bench-") as folder:
+        if trace is None and plot is not None:
+            trace = Path(folder) / "trace.json"
+        model, results = asyncio.run(_measure(settings, documents, seconds, rounds, trace))
+        if plot is not None and trace is not None:
+            draw(trace, plot, f"{model.info.id} in {model.info.dtype} on {model.device.name}")
     if as_json:
         typer.echo(json.dumps(_as_json(model, results), indent=2))
     else:
@@ -104,15 +127,18 @@ def _text(path: Path, number: int, line: str, text_field: str) -> str:
 
 
 async def _measure(
-    settings: Settings, documents: list[str], seconds: float, rounds: int
+    settings: Settings, documents: list[str], seconds: float, rounds: int, trace: Path | None
 ) -> tuple[Loaded, list[Measured]]:
     from inferstream.codec import Codec
     from inferstream.models.loading import load
+    from inferstream.telemetry.timeline import Timeline, TraceFile
     from inferstream.tools.bench import Engine
 
+    file = TraceFile(trace) if trace is not None else None
     _say("loading the model")
     model = load(settings, Codec.from_settings(settings).embedding)
-    engine = Engine(settings, model.task, model.device)
+    timeline = Timeline()
+    engine = Engine(settings, model.task, model.device, timeline)
     try:
         calibration = await engine.run(_repeated(documents, CALIBRATION))
         count = max(LEAST_DOCUMENTS, int(calibration.documents_per_s * seconds))
@@ -120,10 +146,14 @@ async def _measure(
         results = []
         for number in range(rounds):
             _say(f"round {number + 1} of {rounds}: {count:,} documents")
+            if number == rounds - 1:
+                timeline.trace = file
             results.append(await engine.run(batch))
         return model, results
     finally:
         engine.close()
+        if file is not None:
+            file.close()
 
 
 def _repeated(documents: list[str], count: int) -> list[str]:

@@ -85,6 +85,13 @@ def run(
         list[Path] | None,
         typer.Option("--config", metavar="FILE", help="A YAML file with settings; a later one wins."),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write what each stage does when; ui.perfetto.dev and chrome://tracing open it.",
+        ),
+    ] = None,
 ) -> None:
     """Run one worker until it is told to stop.
 
@@ -98,7 +105,7 @@ def run(
     """
     from inferstream.cli.run import run as run_worker
 
-    run_worker(config or [], ctx.args)
+    run_worker(config or [], ctx.args, trace)
 
 
 @app.command(context_settings=PASS_ON_HELP, help="See it work: a real model, and a worker killed half-way.")

@@ -12,8 +12,11 @@ from inferstream.cli.common import warn
 from inferstream.errors import InferstreamError
 
 
-def run(files: Sequence[Path], arguments: Sequence[str]) -> None:
-    """Load the settings, start a worker and wait for its end; raises InferstreamError."""
+def run(files: Sequence[Path], arguments: Sequence[str], trace: Path | None = None) -> None:
+    """Load the settings, start a worker and wait for its end; raises InferstreamError.
+
+    ``trace`` is the file for a trace of the stages.
+    """
     # The tokenizer's own pool takes every core; it reads this before it is imported.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from inferstream.device.gpus import gpu_of
@@ -42,9 +45,9 @@ def run(files: Sequence[Path], arguments: Sequence[str]) -> None:
                     broker.create_topic(topic)
                 print(f"bootstrap={broker.bootstrap}", flush=True)
                 kafka = settings.kafka.model_copy(update={"bootstrap_servers": [broker.bootstrap]})
-                asyncio.run(app.run(settings.model_copy(update={"kafka": kafka}), embedded=True))
+                asyncio.run(app.run(settings.model_copy(update={"kafka": kafka}), embedded=True, trace=trace))
         else:
-            asyncio.run(app.run(settings))
+            asyncio.run(app.run(settings, trace=trace))
     except InferstreamError as caught:
         error = caught
     if error is not None:

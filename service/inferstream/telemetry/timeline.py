@@ -32,13 +32,14 @@ FLUSH_EVENTS, FLUSH_S = 256, 1.0
 
 
 class Timeline:
-    """Where the stages report.  ``observe`` is told each span's stage and seconds; ``trace`` gets it whole."""
+    """Where the stages report.  ``observe`` is told each span's stage and seconds; ``trace`` gets it whole, from
+    when it is set."""
 
     def __init__(
         self, observe: Callable[[str, float], None] | None = None, trace: TraceFile | None = None
     ) -> None:
         self._observe = observe
-        self._trace = trace
+        self.trace = trace
 
     def span(self, track: str, stage: Stage, start: float, end: float, **facts: int) -> None:
         """A piece of work on ``track`` (a thread, a stream) from ``start`` to ``end``, in monotonic seconds.
@@ -48,8 +49,8 @@ class Timeline:
         """
         if self._observe is not None:
             self._observe(stage, end - start)
-        if self._trace is not None:
-            self._trace.add(track, stage, start, end, facts)
+        if self.trace is not None:
+            self.trace.add(track, stage, start, end, facts)
 
 
 class TraceFile:

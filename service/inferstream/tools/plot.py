@@ -23,6 +23,7 @@ COLOURS = {
 }
 ORDER = tuple(COLOURS)  # the flow, from top to bottom
 SHOWN_BATCHES = 12
+VISIBLE = 0.002  # of the width of the picture: what is shorter is drawn as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +78,9 @@ def draw(trace: Path, picture: Path, title: str) -> None:
     for number, track in enumerate(tracks):
         for bar in rows[track]:
             left, right = max(bar.start, start), min(bar.end, end)
-            axes.barh(
-                number, right - left, left=left - start, color=COLOURS[bar.stage], edgecolor="white", lw=0.5
-            )
+            width = max(right - left, VISIBLE * (end - start))
+            axes.barh(number, width, left=left - start, color=COLOURS[bar.stage])
+            axes.vlines(left - start, number - 0.4, number + 0.4, colors="white", lw=0.5)
     axes.set_yticks(range(len(tracks)), tracks)
     axes.invert_yaxis()
     axes.set_xlim(0, end - start)
