@@ -225,9 +225,16 @@ class Contestant:
 class Ours(Contestant):
     """``python -m inferstream run``, as in production."""
 
-    def __init__(self, arena: Arena, name: str, topics: Topics, changes: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        name: str,
+        topics: Topics,
+        changes: Mapping[str, Any],
+        flags: Sequence[str] = (),
+    ) -> None:
         super().__init__(name, topics)
-        self.worker = Worker(arena.folder / topics.group, arena.config(topics, changes))
+        self.worker = Worker(arena.folder / topics.group, arena.config(topics, changes), flags=flags)
         self.worker.start()
 
     @property

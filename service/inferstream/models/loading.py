@@ -98,8 +98,8 @@ def _load_encoder(settings: Settings, encode_embedding: EncodeEmbedding) -> Load
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         sentence = read_sentence_files(files.folder)
-        tokenizer, tokenizer_length, ids = _load_tokenizer(sentence)
-        transformer = _load_transformer(sentence, dtype, ids)
+        tokenizer, tokenizer_length, ids = load_tokenizer(sentence)
+        transformer = load_transformer(sentence, dtype, ids)
         if gpu is None:
             encoder = transformer.on_cpu(type_ids=tokenizer.type_ids)
             forward = encoder.forward
@@ -286,7 +286,7 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
     )
 
 
-def _load_tokenizer(sentence: SentenceFiles) -> tuple[TextTokenizer, int | None, int]:
+def load_tokenizer(sentence: SentenceFiles) -> tuple[TextTokenizer, int | None, int]:
     """The tokenizer, its own limit in tokens if it has one, and how many ids it can give."""
     from tokenizers import normalizers
     from transformers import AutoTokenizer
@@ -344,7 +344,7 @@ class Transformer:
         return best_forward(self.model, self.head, pad_id=self.pad_id, type_ids=type_ids)
 
 
-def _load_transformer(sentence: SentenceFiles, dtype: str, ids: int) -> Transformer:
+def load_transformer(sentence: SentenceFiles, dtype: str, ids: int) -> Transformer:
     import torch
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging as transformers_logging
