@@ -1,7 +1,7 @@
 """All benchmarks, one after the other, each side by side with what it is compared with.
 
     python -m benchmarks                              # 20 minutes at most on two cores
-    python -m benchmarks --short                      # 4 minutes at most: do they still run?
+    python -m benchmarks --short                      # 5 minutes at most: do they still run?
     python -m benchmarks --only pipe latency
     python -m benchmarks --markdown docs/performance.md --json performance.json
 
@@ -27,7 +27,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # the model is in a package; what else would be asked for is a mistake
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from benchmarks import batching, latency, memory, paced, pipe, throughput
+from benchmarks import batching, latency, memory, overlap, paced, pipe, prefetch, throughput
 from benchmarks.arena import READY_S, Arena, Child, Topics
 from benchmarks.documents import Corpus
 from benchmarks.machine import hardware, has_bfloat16, versions
@@ -35,7 +35,7 @@ from benchmarks.report import Report, Section, number
 from benchmarks.scale import FULL, MODEL, SHORT, Scale
 
 THROUGHPUT = ("naive-64", "naive-1000", "engine")
-NAMES = (*THROUGHPUT, "paced", "pipe", "latency", "memory", "batching")
+NAMES = (*THROUGHPUT, "paced", "pipe", "latency", "memory", "overlap", "prefetch", "batching")
 
 
 class Run:
@@ -60,6 +60,11 @@ class Run:
             "pipe": lambda: pipe.run(self._arena, self._scale),
             "latency": self._latency,
             "memory": lambda: memory.run(self._arena, self._scale),
+            # In a thread: each of their passes has an event loop of its own.
+            "overlap": lambda: asyncio.to_thread(
+                overlap.run, self._scale.overlap_documents, self._scale.overlap_rounds
+            ),
+            "prefetch": lambda: asyncio.to_thread(prefetch.run, self._scale.prefetch_documents),
             "batching": self._batching,
         }
         for name, step in steps.items():

@@ -23,13 +23,15 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import numpy as np
 import torch
 
 from benchmarks.documents import Corpus
 from benchmarks.machine import hardware, versions
 from benchmarks.report import Section, number, table
-from benchmarks.scale import MODEL
+from benchmarks.scale import FULL, MODEL, SHORT
 from inferstream.codec import Codec
+from inferstream.device import Runner
 from inferstream.device.cpu import CpuDevice
 from inferstream.documents import Document, Prepared
 from inferstream.models.encoder import Encoder
@@ -48,6 +50,31 @@ class ManyThreaded(Encoder):
 
     def enter_thread(self) -> None:
         torch.set_num_threads(cores())
+
+
+class OnlyLinear:
+    """The matrix multiplications of the model's linear layers, for as many tokens, and nothing else: the bound."""
+
+    padded = False
+
+    def __init__(self, model: torch.nn.Module, width: int) -> None:
+        self._layers = [
+            each
+            for name, each in model.named_modules()
+            if isinstance(each, torch.nn.Linear) and "pooler" not in name
+        ]
+        self._width = width
+
+    def enter_thread(self) -> None:
+        torch.set_num_threads(1)
+
+    def run(self, items: Sequence[Any]) -> np.ndarray:
+        tokens = sum(map(len, items))
+        inputs = {each.in_features: torch.ones(tokens, each.in_features) for each in self._layers}
+        with torch.inference_mode():
+            for layer in self._layers:
+                layer(inputs[layer.in_features])
+        return np.ones((len(items), self._width), dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +99,8 @@ def ways(settings: Settings, task: Task) -> list[Way]:
     arrival = Encoder(padded, group_tokens=WHOLE_BATCH)
     arrival.padded = False  # so that the window does not sort either
 
-    def engine(encoder: Encoder, threads: int, staged: int = 1) -> Callable[[Sequence[str]], float]:
-        return lambda texts: asyncio.run(through_the_stages(settings, task, encoder, threads, staged, texts))
+    def engine(runner: Runner, threads: int, staged: int = 1) -> Callable[[Sequence[str]], float]:
+        return lambda texts: asyncio.run(through_the_stages(settings, task, runner, threads, staged, texts))
 
     return [
         Way("all of it", packed.use, engine(whole, k)),
@@ -86,13 +113,18 @@ def ways(settings: Settings, task: Task) -> list[Way]:
             packed.use,
             lambda texts: one_after_the_other(settings, task, ManyThreaded(packed), texts),
         ),
+        Way(
+            "for comparison: only the model's matrix multiplications",
+            packed.use,
+            engine(OnlyLinear(transformer.model, packed.width), k),
+        ),
     ]
 
 
 async def through_the_stages(
-    settings: Settings, task: Task, encoder: Encoder, threads: int, staged: int, texts: Sequence[str]
+    settings: Settings, task: Task, runner: Runner, threads: int, staged: int, texts: Sequence[str]
 ) -> float:
-    device = CpuDevice(encoder, threads)
+    device = CpuDevice(runner, threads)
     device.slots = threads + staged
     engine = Engine(settings, task, device)
     measured = await engine.run(texts)
@@ -133,7 +165,7 @@ def neighbour(busy: bool) -> Iterator[None]:
         process.wait()
 
 
-def run(rounds: int, documents: int) -> Section:
+def run(documents: int, rounds: int) -> Section:
     settings = resolve(
         load_settings((), {}, {"model.id": MODEL, "model.device": "cpu"}, require=False).settings,
         "cpu",
@@ -182,7 +214,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overlap", description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="fewer documents, one round")
     options = parser.parse_args()
-    section = run(1, 96) if options.short else run(3, 400)
+    scale = SHORT if options.short else FULL
+    section = run(scale.overlap_documents, scale.overlap_rounds)
     print(section.markdown())
     print("\n" + ", ".join(f"{name} {value}" for name, value in (hardware() | versions()).items()))
     return 0

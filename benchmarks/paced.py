@@ -21,7 +21,10 @@ from inferstream.tasks.hash import CHARACTERS_PER_TOKEN
 DOCUMENTS_PER_S = 15_000
 MAX_LENGTH = 256
 WIDTH = 8
-GOAL = 0.03
+GOAL = 0.01
+SATURATED = 0.03  # of the device's time without a batch: from here on the path holds it back
+RATES = (20_000, 25_000, 30_000, 35_000, 40_000, 50_000)
+SEARCH_SHARE = 0.4  # of the documents, for each of the higher rates
 
 # What the settings would be on the GPU that is stood in for.
 AS_ON_A_GPU = {
@@ -38,9 +41,29 @@ def mean_tokens(texts: Sequence[str]) -> float:
 
 async def run(arena: Arena, scale: Scale) -> Section:
     texts = arena.corpus.take(scale.paced_documents)
+    done, seen = await _at(arena, texts, DOCUMENTS_PER_S)
+    section = _section(done, seen, mean_tokens(texts))
+    fewer = texts[: int(len(texts) * SEARCH_SHARE)]
+    idle: dict[int, float] = {}
+    for rate in RATES:
+        _, faster = await _at(arena, fewer, rate)
+        idle[rate] = faster["idle_ratio"]
+        if idle[rate] >= SATURATED:
+            break
+    rows = [[f"{rate:,}", f"{100 * ratio:.2f} %"] for rate, ratio in idle.items()]
+    section.text.append(
+        "How fast a device may be on these cores until it waits for 3 % of its time:\n\n"
+        + table(["device, documents/s", "idle"], rows)
+    )
+    section.data["idle_by_rate"] = idle
+    return section
+
+
+async def _at(arena: Arena, texts: Sequence[str], documents_per_s: int) -> tuple[Round, dict[str, Any]]:
+    """A backlog in front of a device of that rate, and what was seen inside the worker."""
     tokens = mean_tokens(texts)
     topics = await arena.topics("paced")
-    pace = {"paced": {"tokens_per_s": DOCUMENTS_PER_S * tokens, "width": WIDTH}}
+    pace = {"paced": {"tokens_per_s": documents_per_s * tokens, "width": WIDTH}}
     worker = Watched(arena, "paced", topics, AS_ON_A_GPU, pace)
     try:
         await worker.ready(arena)
@@ -51,7 +74,7 @@ async def run(arena: Arena, scale: Scale) -> Section:
         seen = await worker.seen()
     finally:
         worker.stop()
-    return _section(done, seen, tokens)
+    return done, seen
 
 
 def _section(done: Round, seen: dict[str, Any], tokens: float) -> Section:

@@ -25,6 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.machine import hardware, versions
 from benchmarks.report import Goal, Section, number, table
+from benchmarks.scale import FULL, SHORT
 from inferstream.device import Device
 from inferstream.device.cpu import CpuDevice
 from inferstream.documents import Document, Prepared, Rejected
@@ -35,7 +36,8 @@ from inferstream.tools.bench import Engine
 SEED = 0
 VOCABULARY = 8192
 LOAD_S = 0.5
-SETTLED_DOCUMENTS = 24  # enough that the first load, which nothing can hide, weighs little
+FEW = 5  # documents, of the usual comparison; more weigh the first load less, which nothing can hide
+ROUNDS = 1  # waiting takes the same time in every one
 GOAL = 1.05
 
 
@@ -142,14 +144,14 @@ async def through_the_stages(
     return measured.seconds, measured.busy_s
 
 
-def run(rounds: int, documents: int) -> Section:
+def run(documents: int, rounds: int = ROUNDS) -> Section:
     runner = LossRunner()
     runner.enter_thread()
     tokens = tokens_that_take(runner, LOAD_S)
     task = LossTask(LOAD_S, tokens)
     section = Section("Documents that take time to load")
     rows = []
-    for count in (5, documents):
+    for count in (FEW, documents):
         apart = [one_after_the_other(task, runner, count) for _ in range(rounds)]
         alone_s = statistics.median(seconds for seconds, _ in apart)
         for threads in (1, 2, 4):
@@ -200,7 +202,7 @@ def main() -> int:
     )
     parser.add_argument("--short", action="store_true", help="fewer documents, one round")
     options = parser.parse_args()
-    section = run(1, 8) if options.short else run(3, SETTLED_DOCUMENTS)
+    section = run(SHORT.prefetch_documents) if options.short else run(FULL.prefetch_documents)
     print(section.markdown())
     print("\n" + ", ".join(f"{name} {value}" for name, value in (hardware() | versions()).items()))
     return 0

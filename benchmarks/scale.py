@@ -1,4 +1,4 @@
-"""How much is measured: all of it (20 minutes at most on two cores), or just enough for CI (4 minutes)."""
+"""How much is measured: all of it (20 minutes at most on two cores), or just enough for CI (5 minutes)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ class Scale:
     latency_documents: int
     latency_pipe_documents: int
     profile_documents: int
+    overlap_documents: int
+    overlap_rounds: int
+    prefetch_documents: int
 
 
 FULL = Scale(
@@ -33,6 +36,9 @@ FULL = Scale(
     latency_documents=5_000,
     latency_pipe_documents=2_000,
     profile_documents=100_000,
+    overlap_documents=300,
+    overlap_rounds=3,
+    prefetch_documents=20,
 )
 SHORT = Scale(
     rounds=3,
@@ -44,4 +50,7 @@ SHORT = Scale(
     latency_documents=500,
     latency_pipe_documents=200,
     profile_documents=30_000,
+    overlap_documents=32,
+    overlap_rounds=1,
+    prefetch_documents=3,
 )
