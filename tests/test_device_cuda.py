@@ -232,6 +232,15 @@ def test_flights_when_they_land_then_busy_idle_and_spans_are_those_of_the_stream
         assert flight.idle_s >= 0.0
 
 
+def test_flight_when_it_is_the_first_after_warming_up_then_the_wait_for_it_is_nobodys_idle_time() -> None:
+    device = made(FakeStreams())
+    device.run([[1, 2]])
+
+    [flight] = drive(device, [[[3]]], lambda n: 0)
+
+    assert flight.idle_s == 0.0
+
+
 def _marks(streams: FakeStreams, *times: float) -> Marks:
     events = []
     for time_s in times:

@@ -27,26 +27,28 @@ def test_ceiling_when_memory_ran_out_is_half_the_batch_for_its_length_class_only
     assert ceilings.out_of_memory(longest=500, tokens=32_000) == 16_000
     assert ceilings.of(500) == ceilings.of(450) == 16_000  # one class
     assert ceilings.of(100) == 32_768
-    assert (ceilings.lowest, ceilings.lowered) == (16_000, True)
+    assert ceilings.lowered
 
 
-def test_ceiling_when_memory_ran_out_again_is_halved_again_and_never_below_one() -> None:
+def test_ceiling_when_memory_runs_out_again_and_again_is_halved_and_never_below_one() -> None:
     ceilings = Ceilings(1024)
 
-    assert [ceilings.out_of_memory(100, 1024) for _ in range(12)] == [
-        512,
-        256,
-        128,
-        64,
-        32,
-        16,
-        8,
-        4,
-        2,
-        1,
-        1,
-        1,
-    ]
+    lowered = [ceilings.out_of_memory(100, ceilings.of(100)) for _ in range(12)]
+
+    assert lowered == [512, 256, 128, 64, 32, 16, 8, 4, 2, 1, 1, 1]
+
+
+def test_ceiling_when_several_batches_in_flight_do_not_fit_is_halved_once() -> None:
+    ceilings = Ceilings(1024)
+
+    assert [ceilings.out_of_memory(100, 1024) for _ in range(3)] == [512, 512, 512]
+
+
+def test_ceiling_when_long_pieces_do_not_fit_alone_stays_for_the_others() -> None:
+    ceilings = Ceilings(1024)
+    ceilings.out_of_memory(100, 400)
+
+    assert ceilings.out_of_memory(100, 1000) == 200
 
 
 def test_ceiling_when_a_batch_fits_rises_by_half_a_percent_of_the_budget_until_it_is_forgotten() -> None:
@@ -74,8 +76,8 @@ def test_ceilings_whatever_happens_stay_between_one_and_the_budget(
     for failed, longest, tokens in events:
         before = ceilings.of(longest)
         if failed:
-            assert ceilings.out_of_memory(longest, tokens) <= max(1, before // 2)
+            assert ceilings.out_of_memory(longest, tokens) <= min(before, max(1, tokens // 2))
         else:
             ceilings.fitted(longest)
             assert before <= ceilings.of(longest) <= before + 32_768 * RAISE + 1
-        assert 1 <= ceilings.lowest <= ceilings.of(longest) <= ceilings.budget
+        assert 1 <= ceilings.of(longest) <= ceilings.budget

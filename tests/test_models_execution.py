@@ -62,6 +62,12 @@ DISTILBERT = {
     "initializer_range": 0.5,
 }
 WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+GEMMA = {
+    "head_dim": 8,
+    "use_bidirectional_attention": True,
+    "sliding_window": 12,
+    "sliding_window_pattern": 2,
+}
 XLNET = {
     "vocab_size": VOCABULARY,
     "d_model": 32,
@@ -88,6 +94,8 @@ ALLOWED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mpnet": ("MPNet", USUAL),
+    "gemma3_text": ("Gemma3Text", GROUPED | GEMMA),
+    "mistral": ("Mistral", GROUPED | {"sliding_window": 40}),  # longer than any document of the trial
     "electra": ("Electra", USUAL | {"embedding_size": 32}),
     "deberta-v2": ("DebertaV2", USUAL | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
     "xlnet": ("XLNet", XLNET),
@@ -203,6 +211,12 @@ def test_rows_when_a_model_is_not_known_to_run_packed_are_those_of_each_document
     [record] = caplog.records
     assert record.__dict__["why"] == f"{name} is not known to run packed"
     np.testing.assert_allclose(run(by_padding, ITEMS), alone(name, ITEMS), atol=2e-5)
+
+
+def test_forwards_when_a_window_is_counted_without_its_end_still_make_the_mask_themselves() -> None:
+    by_padding, _ = forwards(tiny("gemma3_text"), HEAD, pad_id=PAD)
+
+    assert by_padding.mask is Mask.KEYS  # the flat one would make the host wait
 
 
 def test_rows_when_all_documents_have_one_token_are_those_of_each_alone() -> None:

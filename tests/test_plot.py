@@ -9,7 +9,7 @@ import pytest
 
 from inferstream.errors import SettingsError
 from inferstream.telemetry.timeline import TraceFile
-from inferstream.tools.plot import draw, middle, read_trace
+from inferstream.tools.plot import check_picture, draw, middle, read_trace
 
 
 @pytest.fixture
@@ -46,9 +46,13 @@ def test_draw_then_there_is_a_picture(trace: Path, tmp_path: Path, suffix: str) 
     assert head == b"\x89PNG\r\n\x1a\n" if suffix == "png" else head.startswith(b"<?xml")
 
 
-def test_draw_when_the_format_is_unknown_then_the_error_names_the_option(trace: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["timeline.doc", "timeline", "missing/timeline.png"])
+def test_picture_when_it_cannot_be_written_then_it_is_said_before_anything_is_measured(
+    tmp_path: Path, name: str
+) -> None:
+    check_picture(tmp_path / "timeline.png")
     with pytest.raises(SettingsError, match="--plot"):
-        draw(trace, tmp_path / "timeline.doc", "a title")
+        check_picture(tmp_path / name)
 
 
 def test_draw_when_nothing_was_computed_then_it_says_so(tmp_path: Path) -> None:

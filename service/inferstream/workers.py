@@ -83,6 +83,7 @@ class Workers:
             self.cpu_s[priority] += time.thread_time() - cpu
             self._timeline.span(track, STAGES[priority], started, time.monotonic())
             self._call(self._deliver, (done, result))
+            del argument, result  # nothing of a chunk outlives it here
 
     def _deliver(self, answer: tuple[Callable[[Any], None], Any]) -> None:
         """On the event loop, which would only log what ``done`` raises: its documents would wait for ever."""

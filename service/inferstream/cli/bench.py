@@ -78,9 +78,9 @@ def bench_command(
     configure(settings.telemetry.log_format, "warning")
     documents = read_texts(texts, settings.input.text_field)
     if plot is not None:
-        from inferstream.tools.plot import draw, load_matplotlib
+        from inferstream.tools.plot import check_picture, draw
 
-        load_matplotlib()  # what is missing is told before the minutes of measuring
+        check_picture(plot)
     with tempfile.TemporaryDirectory(prefix="inferstream-bench-") as folder:
         if trace is None and plot is not None:
             trace = Path(folder) / "trace.json"

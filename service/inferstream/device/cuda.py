@@ -263,14 +263,9 @@ class CudaDevice:
         self._streams.enter_thread()
 
     def run(self, items: Sequence[Any]) -> np.ndarray:
-        """One batch to the GPU and back, in the calling thread; only while nothing else is launched."""
-        self.launch(0, items)
-        flight = self.wait()
-        assert flight is not None
-        if flight.error is not None:
-            raise flight.error
-        assert flight.rows is not None
-        return flight.rows
+        rows = self._alone(items).rows
+        assert rows is not None
+        return rows
 
     def close(self) -> None:
         """Batches launched before this still end, and :meth:`wait` gives them before None.
@@ -309,16 +304,19 @@ class CudaDevice:
 
     def _rate(self, count: int, length: int) -> float:
         """Tokens per second of a batch of ``count`` pieces, all the way to the GPU and back; the first warms it up."""
-        busy_s = 0.0
-        for _ in range(2):
-            self.launch(0, [np.zeros(length, dtype=np.int32)] * count)
-            flight = self.wait()
-            assert flight is not None
-            if flight.error is not None:
-                raise flight.error
-            busy_s = flight.busy_s
+        items = [np.zeros(length, dtype=np.int32)] * count
+        self._alone(items)
+        return count * length / max(self._alone(items).busy_s, 1e-9)
+
+    def _alone(self, items: Sequence[Any]) -> Flight:
+        """One batch to the GPU and back, in the calling thread; only while nothing else is launched."""
+        self.launch(0, items)
+        flight = self.wait()
+        assert flight is not None
+        if flight.error is not None:
+            raise flight.error
         self._previous = None  # the wait for the first document is nobody's idle time
-        return count * length / max(busy_s, 1e-9)
+        return flight
 
 
 class Clock:

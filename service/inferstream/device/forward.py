@@ -11,8 +11,6 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Forward", "Shape"]
-
 
 @dataclass(frozen=True, slots=True)
 class Shape:

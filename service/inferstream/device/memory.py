@@ -42,18 +42,17 @@ class Ceilings:
         """Whether any class is below the budget."""
         return bool(self._lowered)
 
-    @property
-    def lowest(self) -> int:
-        """The least budget of any class: what a batch of unknown lengths may hold."""
-        return min((int(ceiling) for ceiling in self._lowered.values()), default=self.budget)
-
     def of(self, longest: int) -> int:
         """The budget in tokens of a batch whose longest piece has ``longest``."""
         return int(self._lowered.get(length_class(longest), self.budget))
 
     def out_of_memory(self, longest: int, tokens: int) -> int:
-        """A batch of ``tokens`` (as the engine counts them) did not fit; gives the class's new ceiling."""
-        lowered = max(1, min(self.of(longest), tokens) // 2)
+        """A batch of ``tokens`` (as the engine counts them) did not fit; gives the class's new ceiling.
+
+        Half of the batch, not of the ceiling: those that were on their way when it was lowered may fail as well, and
+        say nothing of smaller ones.  Nor does a long piece that goes alone and never fits.
+        """
+        lowered = max(1, min(self.of(longest), tokens // 2))
         self._lowered[length_class(longest)] = lowered
         return lowered
 

@@ -7,6 +7,7 @@ put a device in its place that does what is queued as late and in as odd an orde
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -163,8 +164,11 @@ class CudaStreams:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # it fails as well, and would hide why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph
 
     def peak_bytes(self, work: Callable[[], None]) -> int:

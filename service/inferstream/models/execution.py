@@ -21,7 +21,7 @@ from inferstream.models import packed
 from inferstream.models.encoder import PADDED_GROUP_TOKENS, Encoder
 from inferstream.models.files import one_line
 from inferstream.models.packed import PackedForward
-from inferstream.models.padded import Mask, PaddedForward, takes_types
+from inferstream.models.padded import Mask, PaddedForward, takes_four_dimensions, takes_types
 from inferstream.models.pooling import Head
 from inferstream.models.positions import most_tokens
 from inferstream.models.tokenizer import Tokens
@@ -157,7 +157,7 @@ def _padded(
     model: Any, head: Head, trial: Trial, tolerance: float, pad_id: int, type_ids: bool
 ) -> PaddedForward:
     """With the first mask under which the model gives each document what it gets alone."""
-    for mask in (Mask.KEYS, Mask.CAUSAL):
+    for mask in (Mask.KEYS, Mask.CAUSAL) if takes_four_dimensions(model) else ():
         try:
             forward = PaddedForward(model, head, pad_id=pad_id, type_ids=type_ids, mask=mask)
             if trial.difference(forward, model.device) <= tolerance:
@@ -165,6 +165,8 @@ def _padded(
         except Exception:  # a model that works its mask up by itself takes no other than the flat one
             log.debug("a mask of four dimensions does not suit the model", exc_info=True)
     forward = PaddedForward(model, head, pad_id=pad_id, type_ids=type_ids, mask=Mask.FLAT)
+    if model.device.type == "cuda":
+        log.warning("the model makes its mask by itself: the GPU waits for the host once a batch")
     apart = trial.difference(forward, model.device)
     if apart > tolerance:
         log.warning("a document's vector depends on what it is batched with", extra={"difference": apart})

@@ -137,7 +137,7 @@ def _load_encoder(settings: Settings, encode_embedding: EncodeEmbedding) -> Load
     else:
         assert gpu is not None
         device, costs = _cuda_device(settings, task, forward, gpu, max_length, ids)
-        _check_worst_batch(settings, costs, max_length)
+        _check_worst_batch(settings, costs, max_length, device.max_tokens)
     execution = "padded" if forward.padded else "packed"
     return Loaded(task, device, info, max_length, forward.width, costs, execution)
 
@@ -196,10 +196,14 @@ def _max_length(settings: Settings, own: int, most: int, *, special: int) -> int
     return wanted
 
 
-def _check_worst_batch(settings: Settings, costs: Costs, max_length: int) -> None:
-    """A partition that is revoked waits for the batches that run: none may outlast the time there is."""
+def _check_worst_batch(settings: Settings, costs: Costs, max_length: int, most: int | None = None) -> None:
+    """A partition that is revoked waits for the batches that run: none may outlast the time there is.
+
+    ``most`` is how many tokens the device's memory holds, if it is known.
+    """
     limit_s = settings.delivery.revoke_timeout_s
-    tokens = max(settings.batch.max_tokens or 0, max_length)
+    budget = settings.batch.max_tokens or 0
+    tokens = max(budget if most is None else min(budget, most), max_length)
     worst_s = tokens / costs.tokens_per_s
     if worst_s < limit_s:
         return

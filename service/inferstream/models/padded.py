@@ -29,6 +29,30 @@ class Mask(Enum):
     FLAT = "flat"  # int64 [documents, tokens]
 
 
+LAYERS = frozenset(("full_attention", "sliding_attention"))
+"""The kinds of layers of which it is known here who sees whom."""
+
+
+def takes_four_dimensions(model: Any) -> bool:
+    """Whether a mask made here is the model's own for documents of any length, which no short trial can show.
+
+    A configuration that names no kinds of layers and yet a window (Mistral) leaves to the code which layers have it.
+    """
+    kinds = getattr(model.config, "layer_types", None)
+    if kinds is None:
+        return getattr(model.config, "sliding_window", None) is None
+    return LAYERS.issuperset(kinds) and ("sliding_attention" in kinds) == (_window(model) is not None)
+
+
+def _window(model: Any) -> int | None:
+    """How far a token of the layers with a window sees, itself included; None if all layers see everything.
+
+    From the layers, which all count alike; configurations do not (ModernBERT's leaves the token itself out).
+    """
+    windows = (getattr(module, "sliding_window", None) for module in model.modules())
+    return next((window for window in windows if window), None)
+
+
 def takes_types(model: Any, *, type_ids: bool) -> bool:
     """Whether the model is given token types always.
 
@@ -60,7 +84,7 @@ class PaddedForward:
         self._pad_id = pad_id
         self._attention = model.config._attn_implementation
         self._typed = takes_types(model, type_ids=type_ids)
-        self._windows = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+        self._window = _window(model)
         self.mask = mask
         if model.device.type == "cuda":
             attention.without_plans()
@@ -122,10 +146,9 @@ class PaddedForward:
             return real.long()
         behind = positions[:, None] - positions
         seen = real[:, None, None, :] if self.mask is Mask.KEYS else (behind >= 0)[None, None]
-        if not self._windows:
+        if self._window is None:
             return self._as_attention_takes_it(seen)
-        window = self._model.config.sliding_window
-        near = behind.abs() <= window if self.mask is Mask.KEYS else behind < window
+        near = (behind.abs() if self.mask is Mask.KEYS else behind) < self._window
         return {
             "full_attention": self._as_attention_takes_it(seen),
             "sliding_attention": self._as_attention_takes_it(seen & near),

@@ -96,6 +96,16 @@ def draw(trace: Path, picture: Path, title: str) -> None:
         raise SettingsError(f"--plot: {picture} cannot be written: {error}") from error
 
 
+def check_picture(picture: Path) -> None:
+    """Raises SettingsError when a picture could not be written there: told before the minutes of measuring."""
+    formats = load_matplotlib()().canvas.get_supported_filetypes()
+    if picture.suffix[1:] not in formats:
+        known = ", ".join(f".{each}" for each in ("png", "svg", "pdf"))
+        raise SettingsError(f"--plot: {picture} has no suffix of a picture: use {known}")
+    if not picture.parent.is_dir():
+        raise SettingsError(f"--plot: there is no folder {picture.parent}")
+
+
 def load_matplotlib() -> Any:
     """The class of figures; raises SettingsError with what to install."""
     try:
