@@ -72,11 +72,9 @@ class Load(RuleBasedStateMachine):
         eligible, limit = self.credit.poll_limit(self.backlog)
         assert bool(eligible) == (limit > 0)
         assert all(self.credit.eligible(lane) for lane in eligible)
+        handed_over = 0
         for lane in eligible:
-            handed_over = 0
-            while limit and (waiting := self.backlog[lane]):
-                if handed_over and handed_over + waiting[0] > self.fetch_bytes:
-                    break  # the partition's fetched chunk ends here
+            while limit and handed_over < self.fetch_bytes and (waiting := self.backlog[lane]):
                 size = waiting.popleft()
                 handed_over += size
                 limit -= 1
@@ -135,9 +133,8 @@ class Load(RuleBasedStateMachine):
         lanes = len(self.backlog)
         credit = self.credit
         growth = sum(slot.weight - self.raw[slot] for slot in self.slots)
-        reserves = lanes if self.heaviest > self.fetch_bytes else lanes - 1
         assert credit.documents <= credit.max_documents + lanes - 1
-        assert credit.bytes <= credit.max_bytes + self.fetch_bytes + reserves * self.heaviest + growth
+        assert credit.bytes <= credit.max_bytes + self.fetch_bytes + lanes * self.heaviest + growth
         for lane in self.backlog:
             assert credit.held(lane) <= self.share + max(1, self.share // 8)
 

@@ -3,24 +3,30 @@
 Every admitted record takes credit, in documents and bytes, and gives it back when it is acknowledged, so
 memory is bounded whatever the input rate or the state of the broker (promise 4).  Pure and synchronous.
 
-With L open lanes, F = ``fetch_bytes``, W = the heaviest record as taken, G = what the records now held have
-gained since (``reweigh``), at every moment:
+With L open lanes, F = ``fetch_bytes``, W = the heaviest record as taken (unpacked), G = what the records now
+held have gained since (``reweigh``), at every moment:
 
     documents <= max_documents + L - 1
-    bytes     <= max_bytes + F + L x W + G      (+ (L - 1) x W only, while no record is heavier than F)
+    bytes     <= max_bytes + F + L x W + G
     documents of one lane <= its share + quantum, a quantum being an eighth of the share, at least 1
+
+These are bytes as they lie in memory: no ratio of compression comes in, because polls are cut by unpacked bytes
+(``kafka/polling.py``).  It does in what the client keeps beside: for each partition a fetched chunk, packed,
+and the one record batch of it that is being read, C x its packed size with C the ratio of its compression.
 
 *Documents.*  While credit is left, a poll asks for no more than is left.  While none is left, only lanes that
 hold nothing are polled, for one record in all: a reserve.  Since the credit last ran out, a lane that took a
 reserve holds that alone, and one that took none holds no more than it did then.  So the reserves add at most
 one for each lane but one: if all L lanes took one, they hold L in all, which is <= max_documents + L - 1.
 
-*Bytes.*  Sizes are known only after the poll, and a poll hands over up to F bytes per partition.  So only as
-many partitions are polled at once, in turn, as F bytes are left for each; when less than F is left, one: that
-is the overshoot of F.  A record heavier than F comes alone and exceeds that by less than W; so does each
-reserve.  A document heavier than ``max_bytes`` is therefore admitted, and exhausts the credit until it is
-acknowledged: alone, but for the reserves.  To keep G near 0, take a record at the weight it will end with, as
-far as that is known (a result's size is, for embeddings).
+*Bytes.*  A record's size is known only once it is unpacked.  The mean of the recent ones says how many records
+to ask for, but the next may be of another kind; so a poll ends with the record that brings it to F bytes in
+all.  One that begins below ``max_bytes`` ends below ``max_bytes + F + W``, whatever was expected of its
+records, and the reserves, at most one for each lane but one, add W each.  A document heavier than ``max_bytes``
+is therefore admitted, and exhausts the credit until it is acknowledged: alone, but for the reserves and what
+came in the same poll.  To keep G near 0, take a record at the weight it will end with, as far as that is known
+(a result's size is, for embeddings).  When F is not left for each eligible lane, they take turns: a poll
+empties one partition's chunk before it touches the next, and the first would have all that is left.
 
 *Tokens* are known only after tokenising, so ``max_tokens`` is a gate and no bound: nothing but reserves is
 polled while it is reached, and what was polled and not tokenised by then comes on top.
@@ -40,6 +46,8 @@ from collections.abc import Hashable, Iterable
 from typing import Final, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
+
+RECORD_OVERHEAD: Final = 512  # part of a record's weight: the host memory of its objects beside its bytes
 
 # The recent mean size forgets: a record's part in it halves every 44 records (0.5 = (1 - 1/64) ** 44).
 _SMOOTHING: Final = 1 / 64
@@ -65,9 +73,9 @@ class Credit(Generic[K]):
     """The shared bounds and what each lane holds of them.
 
     ``max_documents``, ``max_bytes`` and ``max_tokens`` bound what is held; ``max_lane_share`` (above 0,
-    at most 1) is the part of documents and bytes at which a lane is not polled.  ``fetch_bytes`` is the most
-    one partition hands over in one poll (``kafka.max_partition_fetch_bytes``, times the compression ratio);
-    without it a poll may take from every eligible partition, and F in the bound above is their sum.
+    at most 1) is the part of documents and bytes at which a lane is not polled.  ``fetch_bytes`` is what one
+    poll hands over, unpacked and in all, before its last record (``kafka.max_partition_fetch_bytes``); without
+    it every eligible lane is polled at once, and F in the bound above is whatever a poll hands over.
 
     Lanes are known by a key of the caller's that is never used again for another epoch of the same partition.
     """

@@ -27,12 +27,13 @@ from aiokafka.errors import KafkaError
 
 from inferstream.batching import Item, Window
 from inferstream.codec import Codec
-from inferstream.credit import Credit
+from inferstream.credit import RECORD_OVERHEAD, Credit
 from inferstream.device import Device
 from inferstream.device.memory import Ceilings
 from inferstream.device.stage import DeviceStage
 from inferstream.documents import Document, Kind, Outgoing, Prepared, Reason, Record, Rejected, Stage
 from inferstream.errors import DeadLetterRefused, OutOfMemory
+from inferstream.kafka.polling import weight_of
 from inferstream.kafka.sink import Sink
 from inferstream.lanes import ADMITTED, DROPPED, Lane, Slot
 from inferstream.settings import Settings
@@ -45,7 +46,6 @@ log = logging.getLogger(__name__)
 
 CHUNK_RECORDS = 256  # what one worker prepares at a time: large enough to pay for the hand-over,
 CHUNK_BYTES = 64 * 1024  # small enough that tokenising it (some ms) does not hold its mates back
-RECORD_OVERHEAD = 512  # host memory of a record's objects beside its bytes
 CLOSING_SHARE = 0.7  # of the time a closing has, how much is planned with: estimates err
 RATE_MEMORY = 0.9  # exponential memory of the measured seconds per document, per batch
 
@@ -126,7 +126,7 @@ class Pipeline:
         chunk: list[Slot] = []
         size = total = 0
         for record in records:
-            weight = RECORD_OVERHEAD + len(record.value or b"") + len(record.key or b"")
+            weight = weight_of(record)
             total += weight
             slot = lane.admit(record, weight)
             if chunk and (len(chunk) == CHUNK_RECORDS or size + weight > CHUNK_BYTES):

@@ -1,23 +1,46 @@
-"""What a running worker rarely meets and must survive: rebalances at bad moments, logs that go back, long stops."""
+"""What a running worker rarely meets: rebalances at bad moments, logs that go back, long stops, refusals, and
+documents that unpack to thousands of times their size."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
+import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.consumer.fetcher import PartitionRecords
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.errors import (
+    CorruptRecordException,
+    GroupAuthorizationFailedError,
+    KafkaConnectionError,
+    KafkaError,
+)
 from aiokafka.partitioner import murmur2
+from confluent_kafka.admin import (
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+)
 
+from inferstream.errors import KafkaRefused
+from inferstream.kafka.polling import poll
+from inferstream.kafka.refusals import refusal_of
 from inferstream.kafka.source import Source
 from inferstream.lanes import Lane
 from inferstream.settings import load_settings, resolve
 from inferstream.telemetry.timeline import Timeline
+from tests.conftest import start_broker
 from tests.kafka.test_killed_in_the_middle import (
     SLOW,
     caught_up,
@@ -37,6 +60,7 @@ class Devourer:
     def __init__(self) -> None:
         self.closing_s = 0.05  # long enough for a fetch to come back meanwhile
         self.admitted: dict[int, set[int]] = defaultdict(set)
+        self.polling: asyncio.Task[None] | None = None
 
     def open_lane(self, lane: Lane) -> None: ...
 
@@ -89,9 +113,9 @@ async def devouring(kafka: Kafka) -> AsyncIterator[tuple[Source, Devourer, str, 
     source = Source(resolve(load_settings((), {}, flags).settings, "hash", 2), intake, intake, Timeline())
     await source.start()
     source.subscribe()
-    polling = asyncio.create_task(source.run())
+    intake.polling = asyncio.create_task(source.run())
     yield source, intake, topic, group
-    polling.cancel()
+    intake.polling.cancel()
     await source.stop(5)
 
 
@@ -223,6 +247,250 @@ async def test_topics_when_their_partition_counts_differ_then_each_goes_by_its_o
         origin = orjson.loads(record.value)["source"]
         by_key = (murmur2(record.key) & 0x7FFFFFFF) % 4
         assert record.partition == (origin["partition"] if origin["topic"] == aligned else by_key)
+
+
+# ---- what a group refuses
+
+
+async def test_session_timeout_when_outside_the_brokers_bounds_then_exits_3_naming_it(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(kafka, "session", 0)
+    changes = {"kafka": {"session_timeout_ms": 1000, "heartbeat_interval_ms": 300}}
+    worker = launch(settings(kafka.bootstrap, source, target, group, changes))
+    assert await worker.ended(60) == 3, worker.stderr_text()[-2000:]
+    [line] = [line for line in worker.stderr_text().splitlines() if line.startswith("inferstream: error")]
+    assert "kafka.session_timeout_ms=1000" in line and "group.min.session.timeout.ms" in line
+
+
+async def test_group_when_its_members_speak_of_another_assignor_then_exits_3_naming_it(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(kafka, "assignor", 0)
+    other = AIOKafkaConsumer(
+        source,
+        bootstrap_servers=kafka.bootstrap,
+        group_id=group,
+        partition_assignment_strategy=(RangePartitionAssignor,),
+    )
+    await other.start()
+    try:
+        worker = launch(settings(kafka.bootstrap, source, target, group))
+        assert await worker.ended(60) == 3, worker.stderr_text()[-2000:]
+    finally:
+        await other.stop()
+    assert "members of another kind" in worker.stderr_text() and group in worker.stderr_text()
+
+
+@pytest.fixture(scope="module")
+def strict_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
+    """A broker whose groups have one member, and that refuses what an ACL says."""
+    broker = start_broker(
+        tmp_path_factory.mktemp("strict"),
+        {
+            "group.max.size": "1",
+            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "allow.everyone.if.no.acl.found": "true",
+        },
+    )
+    yield broker
+    broker.remove()
+
+
+@pytest.mark.kafka
+@pytest.mark.timeout(120)
+async def test_group_when_it_is_full_then_exits_3_naming_it(
+    strict_broker: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(strict_broker, "full", 0)
+    tree = settings(strict_broker.bootstrap, source, target, group)
+    first = launch(tree)
+    await first.says('"assigned"', 60)
+    second = launch(tree)
+    assert await second.ended(60) == 3, second.stderr_text()[-2000:]
+    assert "group.max.size" in second.stderr_text()
+    assert first.returncode is None
+
+
+@pytest.mark.kafka
+@pytest.mark.timeout(120)
+async def test_group_when_the_right_to_it_is_missing_then_exits_3_naming_it(
+    strict_broker: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(strict_broker, "denied", 0)
+    denied = AclBinding(
+        ResourceType.GROUP,
+        group,
+        ResourcePatternType.LITERAL,
+        "User:ANONYMOUS",
+        "*",
+        AclOperation.READ,
+        AclPermissionType.DENY,
+    )
+    admin = AdminClient({"bootstrap.servers": strict_broker.bootstrap})
+    for done in admin.create_acls([denied]).values():
+        done.result(30)
+    worker = launch(settings(strict_broker.bootstrap, source, target, group))
+    assert await worker.ended(60) == 3, worker.stderr_text()[-2000:]
+    assert f"no right to use group '{group}'" in worker.stderr_text()
+
+
+@pytest.mark.timeout(120)
+async def test_static_members_when_two_have_the_same_identity_then_one_exits_3_naming_it(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(kafka, "twins", 0)
+    changes = {"kafka": {"group_instance_id": "pod-0", "heartbeat_interval_ms": 500}}
+    tree = settings(kafka.bootstrap, source, target, group, changes)
+    workers = [launch(tree), launch(tree)]
+
+    async def some_ended() -> bool:
+        return any(worker.returncode is not None for worker in workers)
+
+    await until(some_ended, 60, "one of them to end")
+    [ended] = [worker for worker in workers if worker.returncode is not None]
+    assert ended.returncode == 3 and "kafka.group_instance_id='pod-0'" in ended.stderr_text()
+    [left] = [worker for worker in workers if worker is not ended]
+    await kafka.produce(source, documents(40))
+    await until(lambda: caught_up(kafka, group, source), 60, "the other to go on")
+    assert left.returncode is None
+
+
+async def test_refusals_when_they_begin_while_running_then_end_the_worker_after_their_time(
+    kafka: Kafka, devouring: Devouring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, intake, topic, _ = devouring
+    await read_to_the_end(kafka, source, topic)
+    monkeypatch.setattr("inferstream.kafka.source.REFUSED_FOR_S", 2.0)
+    source.consumer._coordinator._session_timeout_ms = 1  # as if the brokers had come back with other bounds
+    source.consumer._coordinator.request_rejoin()
+    assert intake.polling is not None
+    began = time.monotonic()
+    with pytest.raises(KafkaRefused, match=r"refused for 2 s.*group\.min\.session\.timeout\.ms"):
+        await asyncio.wait_for(asyncio.shield(intake.polling), 30)
+    assert time.monotonic() - began > 2.0
+
+
+@pytest.mark.parametrize(
+    ("error", "refusal"),
+    [
+        (KafkaError("FencedInstanceIdError()"), "FencedInstanceIdError"),
+        (KafkaError("UnknownError()"), "UnknownError"),
+        (KafkaError("Unexpected exception in heartbeat task: UnknownError()"), "UnknownError"),
+        (KafkaError("RequestTimedOutError()"), None),
+        (KafkaError("Unable to get cluster metadata over all known brokers"), None),
+        (KafkaConnectionError("gone"), None),
+        (GroupAuthorizationFailedError("group"), "GroupAuthorizationFailedError"),
+    ],
+)
+def test_refusal_when_an_error_passes_by_itself_then_it_is_none(
+    error: KafkaError, refusal: str | None
+) -> None:
+    assert refusal_of(error) == refusal
+
+
+# ---- memory
+
+
+def peak_memory(worker: Worker) -> int:
+    """The most memory the process has had, in MiB."""
+    for line in Path(f"/proc/{worker.pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) >> 10
+    raise AssertionError("no VmHWM")
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("small_before", [0, 20_000])
+async def test_memory_when_documents_unpack_to_thousands_of_times_their_size_then_stays_bounded(
+    kafka: Kafka, launch: Callable[..., Worker], small_before: int
+) -> None:
+    """120 documents of 8 MB are some 100 kB on the wire: one fetch, and less than one poll's 500 records."""
+    source = await kafka.create_topic(kafka.unique("packed"), partitions=1)
+    _, target, group = await make_topics(kafka, "packed", 0)
+    await kafka.produce(source, documents(small_before), linger_ms=5)
+    huge = orjson.dumps({"text": "word " * 1_600_000})
+    await kafka.produce(source, [(b"huge", huge)] * 120, compression_type="zstd")
+    changes = {"buffer": {"max_bytes": 64 << 20}, "dead_letter": {"oversize": "strip"}}
+    worker = launch(settings(kafka.bootstrap, source, target, group, changes))
+    await until(lambda: caught_up(kafka, group, source), 150, "the worker to catch up")
+    peak = peak_memory(worker)
+    worker.terminate()
+    assert await worker.ended(40) == 0, worker.stderr_text()[-2000:]
+    results = await kafka.read_all(target)
+    assert len(results) == small_before + 120
+    assert peak < 300, f"{peak} MiB"  # some 180; all 120 documents together are 915
+
+
+@pytest.fixture
+async def reading(kafka: Kafka) -> AsyncIterator[tuple[AIOKafkaConsumer, TopicPartition]]:
+    """A consumer of a partition with 30 small records and then 5 of 100 kB, each in a batch of its own."""
+    topic = await kafka.create_topic(kafka.unique("poll"), partitions=1)
+    await kafka.produce(topic, [(b"key", b"x" * 100)] * 30)
+    await kafka.produce(topic, [(b"key", b"x" * 100_000)] * 5, compression_type="zstd")
+    consumer = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap, auto_offset_reset="none")
+    await consumer.start()
+    partition = TopicPartition(topic, 0)
+    consumer.assign([partition])
+    consumer.seek(partition, 0)
+    yield consumer, partition
+    await consumer.stop()
+
+
+Reading = tuple[AIOKafkaConsumer, TopicPartition]
+
+
+async def polls(reading: Reading, max_records: int, max_bytes: int) -> list[list[int]]:
+    """The offsets of each poll until all 35 are there."""
+    consumer, partition = reading
+    seen: list[list[int]] = []
+    while not seen or seen[-1][-1] < 34:
+        if fetched := await poll(consumer, [partition], 1000, max_records, max_bytes):
+            seen.append([record.offset for record in fetched[partition]])
+            assert await consumer.position(partition) == seen[-1][-1] + 1
+    assert [offset for offsets in seen for offset in offsets] == list(range(35))
+    return seen
+
+
+async def test_poll_when_records_grow_heavy_then_ends_with_the_one_that_reaches_the_bound(
+    reading: Reading,
+) -> None:
+    for offsets in await polls(reading, 500, 150_000):
+        assert sum(100_000 for offset in offsets[:-1] if offset >= 30) < 150_000
+        assert len(offsets) <= 32
+
+
+async def test_poll_when_the_bound_is_tiny_then_gives_one_record_at_a_time(reading: Reading) -> None:
+    assert all(len(offsets) == 1 for offsets in await polls(reading, 500, 1))
+
+
+async def test_poll_when_records_are_bounded_then_gives_no_more(reading: Reading) -> None:
+    assert all(len(offsets) <= 7 for offsets in await polls(reading, 7, 1 << 30))
+
+
+async def test_poll_when_a_record_cannot_be_unpacked_then_those_before_it_are_given(
+    reading: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer, partition = reading
+    unpack = PartitionRecords._consumer_record
+
+    def broken(self: Any, tp: TopicPartition, record: Any) -> Any:
+        if record.offset == 20:
+            raise CorruptRecordException("no record")
+        return unpack(self, tp, record)
+
+    monkeypatch.setattr(PartitionRecords, "_consumer_record", broken)
+    offsets: list[int] = []
+    with pytest.raises(CorruptRecordException):
+        while True:
+            for record in (await poll(consumer, [partition], 1000, 500, 1 << 20)).get(partition, []):
+                offsets.append(record.offset)
+    assert offsets == list(range(20))
+    monkeypatch.undo()
+    while len(offsets) < 35:
+        for record in (await poll(consumer, [partition], 1000, 500, 1 << 20)).get(partition, []):
+            offsets.append(record.offset)
+    assert offsets == list(range(35))
 
 
 TINY = {

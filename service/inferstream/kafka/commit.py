@@ -43,7 +43,7 @@ class CommitFailed(Exception):
 
 
 class CommitRefused(CommitFailed):
-    """The broker refuses the commit for want of a right."""
+    """The broker refuses the commit for want of a right; the message is its error's name."""
 
 
 _ENDED = (UnknownMemberIdError, IllegalGenerationError, RebalanceInProgressError)
@@ -81,7 +81,7 @@ class Committer:
                     except _ENDED as error:
                         raise EpochEnded(str(error)) from error
                     except _REFUSED as error:
-                        raise CommitRefused(f"{type(error).__name__}: {error}") from error
+                        raise CommitRefused(type(error).__name__) from error
                     except KafkaError as error:
                         last = error
                         if not error.retriable:

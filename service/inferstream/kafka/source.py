@@ -19,12 +19,10 @@ from typing import Any, Protocol
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.errors import (
-    GroupAuthorizationFailedError,
     IllegalStateError,
     KafkaError,
     NoOffsetForPartitionError,
     OffsetOutOfRangeError,
-    TopicAuthorizationFailedError,
 )
 
 from inferstream.errors import InferstreamError, KafkaRefused
@@ -32,6 +30,8 @@ from inferstream.kafka.commit import CommitFailed, CommitRefused, Committer, Epo
 from inferstream.kafka.connection import client_options, stop_client
 from inferstream.kafka.epochs import Epoch, current_identity
 from inferstream.kafka.offsets import OffsetLost, Opening, open_positions
+from inferstream.kafka.polling import poll
+from inferstream.kafka.refusals import certain, refusal_line, refusal_of
 from inferstream.lanes import Lane
 from inferstream.settings import Settings
 from inferstream.telemetry.timeline import Timeline
@@ -48,6 +48,7 @@ REFUSED_FOR_S = 60.0  # how long refusals may last before they end the process
 REFUSAL_GAP_S = (
     15.0  # refusals further apart than this are not of one cause; what works meanwhile is no answer
 )
+MAX_EVICTIONS = 3  # one may be an administrator's doing
 COMMIT_RESERVE_S = 0.25  # the share of the revoke's time that is kept for its commit
 NEVER_COMMITTED = -1
 _NEVER_MS = 24 * 3600 * 1000
@@ -132,6 +133,8 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         self._closed.set()
         self._hurried = False  # a rebalance cut a drain short
         self._refused_since = self._last_refused = -REFUSED_FOR_S
+        self._assigned_at = 0.0
+        self._evictions = 0  # in a row, each sooner than a session can end
         self.rebalancing = False
         self.last_admitted = time.monotonic()
 
@@ -163,9 +166,6 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             try:
                 await self._poll()
                 await asyncio.sleep(0)  # getmany does not suspend while records are at hand
-            except (TopicAuthorizationFailedError, GroupAuthorizationFailedError) as error:
-                self._refused(error)
-                await asyncio.sleep(ERROR_BACKOFF_S)
             except OffsetOutOfRangeError as error:
                 await self._out_of_range(error)
             except NoOffsetForPartitionError:
@@ -175,7 +175,10 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             except KafkaError as error:
                 if not error.retriable and "Unexpected error during coordination" in str(error):
                     raise  # aiokafka's coordination task is dead
-                log.warning("polling failed; trying again", extra={"error": repr(error)})
+                if (refusal := refusal_of(error)) is not None:
+                    self._refused(refusal)
+                else:
+                    log.warning("polling failed; trying again", extra={"error": repr(error)})
                 await asyncio.sleep(ERROR_BACKOFF_S)
 
     async def _poll(self) -> None:
@@ -190,8 +193,12 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             return
         partitions = [TopicPartition(lane.topic, lane.partition) for lane in eligible]
         timeout_ms = POLL_TIMEOUT_MS if len(eligible) == len(epoch.lanes) else PARTIAL_POLL_TIMEOUT_MS
-        fetched = await self.consumer.getmany(
-            *partitions, timeout_ms=timeout_ms, max_records=min(limit, MAX_RECORDS)
+        fetched = await poll(
+            self.consumer,
+            partitions,
+            timeout_ms,
+            min(limit, MAX_RECORDS),
+            self._settings.kafka.max_partition_fetch_bytes,
         )
         # No await from here on: the positions have moved.
         if epoch is not self._epoch or epoch.closing:
@@ -223,17 +230,18 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         if state is not None and state.has_valid_position and state.position > lane.position:
             lane.advance(state.position)
 
-    def _refused(self, error: BaseException) -> None:
+    def _refused(self, refusal: str) -> None:
+        """Raise KafkaRefused: at start at once, while running when the refusals do not end."""
+        why = refusal_line(self._settings.kafka, refusal)
+        if certain(refusal, joined=self._epochs > 0):
+            raise KafkaRefused(why)
         now = time.monotonic()
         if now - self._last_refused > REFUSAL_GAP_S:
             self._refused_since = now
-            log.error("Kafka refuses", extra={"error": repr(error)})
+            log.error("Kafka refuses", extra={"error": why})
         self._last_refused = now
         if now - self._refused_since > REFUSED_FOR_S:
-            raise KafkaRefused(
-                f"Kafka has refused for {REFUSED_FOR_S:.0f} s: {type(error).__name__} {error}; "
-                f"grant READ on the input topics and on group {self._settings.kafka.group_id!r}"
-            )
+            raise KafkaRefused(f"Kafka has refused for {REFUSED_FOR_S:.0f} s: {why}")
 
     async def _out_of_range(self, error: OffsetOutOfRangeError) -> None:
         offsets: dict[TopicPartition, int] = dict(error.args[0]) if error.args else {}
@@ -281,6 +289,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             log.warning("an assignment without an identity is ignored")
             return
         self._epochs += 1
+        self._assigned_at = time.monotonic()
         ordered = self._settings.delivery.order == "partition"
         lanes = {
             tp: Lane(tp.topic, tp.partition, self._epochs, 0, ordered=ordered) for tp in sorted(assigned)
@@ -327,7 +336,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
                 except CommitFailed as error:
                     log.warning("the start offsets are not committed yet", extra={"error": str(error)})
                     if isinstance(error, CommitRefused):
-                        self._refused(error.__cause__ or error)
+                        self._refused(str(error))
                     await asyncio.sleep(ERROR_BACKOFF_S)
         if epoch is not self._epoch or epoch.closing:
             return
@@ -351,8 +360,8 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
                 raise
             except KafkaError as error:
                 log.warning("start offsets are not to be had yet", extra={"error": repr(error)})
-                if isinstance(error, TopicAuthorizationFailedError | GroupAuthorizationFailedError):
-                    self._refused(error)
+                if (refusal := refusal_of(error)) is not None:
+                    self._refused(refusal)
                 await asyncio.sleep(ERROR_BACKOFF_S)
         return None
 
@@ -364,10 +373,27 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             await self._hurry_drain()
             return
         log.info("revoked", extra={"generation": epoch.identity.generation, "partitions": len(revoked)})
+        self._count_evictions()
         try:
             await self._close(epoch, self._settings.delivery.revoke_timeout_s)
         except Exception:
             log.exception("closing an epoch failed; what was not committed will be read again")
+
+    def _count_evictions(self) -> None:
+        """End the worker if another one has its static identity.
+
+        The two throw each other out at every heartbeat, and neither is told why.  A session that ended cannot
+        be taken for it: that takes longer.
+        """
+        kafka = self._settings.kafka
+        soon = time.monotonic() - self._assigned_at < kafka.session_timeout_ms / 1000
+        if not soon or current_identity(self.consumer).valid:
+            self._evictions = 0
+            return
+        self._evictions += 1
+        if kafka.group_instance_id is not None and self._evictions >= MAX_EVICTIONS:
+            self.consumer._coordinator._max_poll_interval = -1  # it does not join again: the other one stays
+            self._fail(KafkaRefused(refusal_line(kafka, "FencedInstanceIdError")))
 
     async def drain(self, timeout_s: float) -> bool:
         """Stop polling, finish and settle what fits ``timeout_s``; True when all that was kept is settled."""
@@ -461,7 +487,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             return False
         except CommitRefused as error:
             self._listener.commit_ended("refused")
-            self._refused(error.__cause__ or error)
+            self._refused(str(error))
             return False
         except CommitFailed as error:
             self._listener.commit_ended("failed")

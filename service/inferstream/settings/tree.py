@@ -160,8 +160,8 @@ class Kafka(Section):
     """Makes this worker a static member of the group: a restart within ``kafka.session_timeout_ms`` moves no
     partition.
 
-    It must be unique to each worker and the same after a restart (a StatefulSet's pod name).  Two live
-    workers with the same one evict each other for ever.  A static member does not leave the group when it
+    It must be unique to each worker and the same after a restart (a StatefulSet's pod name).  Of two
+    live workers with the same one, one ends with exit code 3.  A static member does not leave the group when it
     drains: what is scaled down stalls its partitions for a whole session timeout."""
 
     transactional_id: Annotated[Text | None, Auto("`<group>-<unique>`")] = None
@@ -398,7 +398,8 @@ class Buffer(Section):
     """The most memory of the documents held between being read and being committed, in bytes.
 
     Each counts as its largest form: raw, prepared or result.  A heavier one is let in alone.  What Kafka's
-    client holds comes on top: see ``kafka.fetch_max_bytes`` and ``kafka.max_partition_fetch_bytes``."""
+    client holds comes on top: see ``kafka.fetch_max_bytes``, ``kafka.max_partition_fetch_bytes`` and, for input
+    that compresses well, docs/delivery.md."""
 
     max_lane_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """The share of the buffer that one partition may take, so that a partition with a slow document at its

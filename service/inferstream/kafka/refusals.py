@@ -1,0 +1,83 @@
+"""What a group refuses, told from what passes by itself, and what to do about it in one line.
+
+aiokafka 0.14 hands every refusal of JoinGroup, SyncGroup and Heartbeat to ``getmany`` and then tries again, for
+ever.  Most it hands on as a bare ``KafkaError`` around the repr of the broker's error, and two that a group
+gives to its members it has no class for.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from aiokafka import errors as kafka_errors
+from aiokafka.errors import BrokerResponseError, KafkaError
+
+if TYPE_CHECKING:
+    from inferstream.settings.tree import Kafka
+
+
+class GroupMaxSizeReachedError(BrokerResponseError):  # type: ignore[misc]  # aiokafka ships no types
+    errno = 81
+    message = "GROUP_MAX_SIZE_REACHED"
+    description = "The group has as many members as the brokers allow."
+
+
+class FencedInstanceIdError(BrokerResponseError):  # type: ignore[misc]  # aiokafka ships no types
+    errno = 82
+    message = "FENCED_INSTANCE_ID"
+    description = "Another member has joined with the same group.instance.id."
+
+
+for _error in (GroupMaxSizeReachedError, FencedInstanceIdError):
+    kafka_errors.kafka_errors.setdefault(_error.errno, _error)
+
+_WRAPPED = re.compile(r"(?:Unexpected exception in heartbeat task: )?(\w+)\(")
+
+_ADVICE: Final = {
+    "GroupAuthorizationFailedError": "no right to use group {group!r}: grant READ on it",
+    "TopicAuthorizationFailedError": "no right to read: grant READ on the input topics",
+    "InvalidSessionTimeoutError": (
+        "kafka.session_timeout_ms={session} is refused: set it within the brokers' "
+        "group.min.session.timeout.ms (6000 unless changed) and group.max.session.timeout.ms (1800000), "
+        "or change those on every broker"
+    ),
+    "InconsistentGroupProtocolError": (
+        "group {group!r} has members of another kind: an application whose consumers share no assignor "
+        "with this one (`sticky`); stop it, or give this service a kafka.group_id of its own"
+    ),
+    "GroupMaxSizeReachedError": (
+        "group {group!r} is full: run fewer workers, or raise group.max.size on every broker"
+    ),
+    "FencedInstanceIdError": (
+        "another live worker of group {group!r} has kafka.group_instance_id={instance!r}: "
+        "give each worker its own"
+    ),
+    "InvalidGroupIdError": "the brokers do not take kafka.group_id={group!r}: choose another",
+    "UnsupportedVersionError": "the brokers do not speak the group protocol of this worker: use Kafka 2.3 or later",
+}
+
+
+def refusal_of(error: BaseException) -> str | None:
+    """The name of the broker's error if it is a refusal and no passing state, else None."""
+    name = type(error).__name__
+    if name in _ADVICE:
+        return name
+    if type(error) is KafkaError and (wrapped := _WRAPPED.match(str(error.args[0] if error.args else ""))):
+        kind = next((e for e in kafka_errors.kafka_errors.values() if e.__name__ == wrapped[1]), None)
+        return None if kind is not None and kind.retriable else wrapped[1]
+    return None
+
+
+def certain(refusal: str, joined: bool) -> bool:
+    """Whether to give up at the first such answer: what is known, at start; being fenced, always."""
+    return refusal == "FencedInstanceIdError" or (refusal in _ADVICE and not joined)
+
+
+def refusal_line(kafka: Kafka, refusal: str) -> str:
+    """What is refused and what to do, on one line."""
+    advice = _ADVICE.get(refusal, "group {group!r} does not take this worker")
+    text = advice.format(
+        group=kafka.group_id, session=kafka.session_timeout_ms, instance=kafka.group_instance_id
+    )
+    return f"{text} ({refusal})"
