@@ -28,7 +28,7 @@ class Scale:
 
 FULL = Scale(
     rounds=3,
-    round_s=12.0,
+    round_s=8.0,
     least_documents=600,
     bfloat16=True,
     pipe_documents=200_000,
@@ -36,9 +36,9 @@ FULL = Scale(
     latency_documents=5_000,
     latency_pipe_documents=2_000,
     profile_documents=100_000,
-    overlap_documents=300,
+    overlap_documents=160,
     overlap_rounds=3,
-    prefetch_documents=20,
+    prefetch_documents=14,
 )
 SHORT = Scale(
     rounds=3,
