@@ -1,6 +1,6 @@
 """All benchmarks, one after the other, each side by side with what it is compared with.
 
-    python -m benchmarks                              # 20 minutes at most on two cores
+    python -m benchmarks                              # about 20 minutes on two cores
     python -m benchmarks --short                      # 5 minutes at most: do they still run?
     python -m benchmarks --only pipe latency
     python -m benchmarks --markdown docs/performance.md --json performance.json
