@@ -3,6 +3,7 @@
 ``kafka``       the real broker, one for the whole run: make topics and groups with ``kafka.unique(name)``
 ``own_broker``  a real broker for one test, to stop, kill and start again
 ``launch``      starts workers as child processes; what still runs at the end of the test is killed
+``one_thread``  torch computes with one thread in the tests of a module
 """
 
 from __future__ import annotations
@@ -37,6 +38,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         item.add_marker(pytest.mark.kafka)
         item.user_properties.append(("marker", "kafka"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One OpenMP thread in the test's thread: several only wait for each other on a busy machine."""
+    import torch  # most tests do without
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

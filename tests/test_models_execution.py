@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inferstream.device.forward import Forward, Shape
-from inferstream.models import attention, execution, packed
+from inferstream.models import attention, cpu_dtype, execution, packed
 from inferstream.models.attention import Packing, equal_runs
 from inferstream.models.encoder import Encoder
 from inferstream.models.execution import best_forward, cpu_encoder, forwards
@@ -25,6 +25,8 @@ from inferstream.models.packed import PackedForward
 from inferstream.models.padded import Mask, PaddedForward
 from inferstream.models.pooling import LEGACY_MODES, Dense, Head, pool_packed
 from inferstream.models.tokenizer import Tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY = 50
 PAD = 1
@@ -100,15 +102,6 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "deberta-v2": ("DebertaV2", USUAL | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
     "xlnet": ("XLNet", XLNET),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """One OpenMP thread in the test's thread: several only wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(name: str) -> Any:
@@ -450,9 +443,9 @@ def test_dtype_when_it_measures_slower_than_float32_is_warned_of(
     def seconds(width: int, rows: int, dtype: torch.dtype) -> float:
         return 1.0 if dtype is torch.float32 else own_s
 
-    monkeypatch.setattr(execution, "_layer_seconds", seconds)
+    monkeypatch.setattr(cpu_dtype, "_layer_seconds", seconds)
 
-    execution.warn_if_slower_than_float32(tiny("bert").to(torch.bfloat16))
+    cpu_dtype.warn_if_slower_than_float32(tiny("bert").to(torch.bfloat16))
 
     assert [record.getMessage() for record in caplog.records] == (
         ["model.dtype bfloat16 is slower than float32 on this machine"] if told else []

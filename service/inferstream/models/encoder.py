@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from inferstream.device.forward import Forward
+from inferstream.device.forward import Forward, run_once
 from inferstream.errors import OutOfMemory
 
 PACKED_GROUP_TOKENS = {torch.float32: 2048, torch.bfloat16: 1024}
@@ -68,12 +68,8 @@ class Encoder:
         rows = np.empty((len(items), self.width), dtype=np.float32)
         lengths = [len(item) for item in items]
         try:
-            with torch.inference_mode():
-                for group in self._groups(lengths):
-                    shape = self.forward.shape([lengths[n] for n in group])
-                    slab = np.empty(self.forward.slab_size(shape.tokens, shape.count), dtype=np.int32)
-                    shape = self.forward.pack([items[n] for n in group], slab)
-                    rows[group] = self.forward.forward(torch.from_numpy(slab), shape).numpy()
+            for group in self._groups(lengths):
+                rows[group] = run_once(self.forward, [items[n] for n in group]).numpy()
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise OutOfMemory(str(error)) from error
         except RuntimeError as error:

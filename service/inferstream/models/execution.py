@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.nn.functional import gelu, linear
 
-from inferstream.device.forward import Forward
+from inferstream.device.forward import Forward, run_once
 from inferstream.models import packed
-from inferstream.models.encoder import PADDED_GROUP_TOKENS, Encoder
+from inferstream.models.encoder import Encoder
 from inferstream.models.files import one_line
 from inferstream.models.packed import PackedForward
 from inferstream.models.padded import Mask, PaddedForward, takes_four_dimensions, takes_types
@@ -49,9 +48,6 @@ that saw each other were 0.8 apart.
 ROUNDS = 3
 ENOUGH_S = 1.0
 """How often the two ways are measured, and after how many CPU seconds of a round once is enough."""
-
-MEASURED_WORK = 2_000_000_000
-"""Floating-point operations of one measurement of a number type, about 20 ms on a core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +83,9 @@ class Trial:
             rows.append(head(hidden, torch.tensor([len(ids)], device=device))[0].cpu().numpy())
         return cls(items, np.stack(rows))
 
-    @torch.inference_mode()
     def difference(self, forward: Forward, device: torch.device) -> float:
         """The worst row's distance from the plain forward's, relative to its length; inf where it is no number."""
-        lengths = [len(item) for item in self.items]
-        shape = forward.shape(lengths)
-        slab = np.zeros(forward.slab_size(shape.tokens, shape.count), dtype=np.int32)
-        shape = forward.pack(self.items, slab)
-        rows = forward.forward(torch.from_numpy(slab).to(device), shape).cpu().numpy()
+        rows = run_once(forward, self.items, device).cpu().numpy()
         apart = np.linalg.norm(rows - self.rows, axis=1) / np.linalg.norm(self.rows, axis=1)
         return float(apart.max()) if np.isfinite(apart).all() else float("inf")
 
@@ -144,11 +135,11 @@ def cpu_encoder(
         by_padding, by_packing = forwards(model, head, pad_id=pad_id, type_ids=type_ids)
         ways: list[Way] = [by_padding] if by_packing is None else [by_padding, by_packing]
         if len(ways) > 1 and execution is None:
-            chosen = _faster(ways, model.dtype, most_tokens(model.config, pad_id))
+            way = _faster(ways, model.dtype, most_tokens(model.config, pad_id))
         else:
-            chosen = ways[0] if execution == "padded" else ways[-1]
-        chosen.use()
-        return Encoder(chosen, model.dtype, normalizes=head.normalizes)
+            way = ways[0] if execution == "padded" else ways[-1]
+        way.use()
+        return Encoder(way, model.dtype, normalizes=head.normalizes)
 
     return in_thread(choose)
 
@@ -185,39 +176,10 @@ def _faster(ways: Sequence[Way], dtype: torch.dtype, limit: int | None) -> Way:
             best[n] = min(best[n], cpu_seconds(functools.partial(encoder.run, items)))
         if sum(best) > ENOUGH_S:
             break
-    chosen = ways[best.index(min(best))]
     rates = {
         f"{encoder.execution}_tokens_per_s": round(sum(lengths) / spent)
         for encoder, spent in zip(encoders, best, strict=True)
     }
-    name = "padded" if chosen.padded else "packed"
-    log.info("documents run %s, which measured faster", name, extra=rates)
-    return chosen
-
-
-def warn_if_slower_than_float32(model: Any) -> None:
-    """Multiply as one layer of the model does, in its number type and in float32; takes a fraction of a second."""
-    width = model.config.hidden_size
-    rows = max(32, min(PADDED_GROUP_TOKENS[torch.float32], MEASURED_WORK // (16 * width * width)))
-    dtypes = (torch.float32, model.dtype)
-    float32_s, own_s = in_thread(lambda: [_layer_seconds(width, rows, dtype) for dtype in dtypes])
-    if own_s > float32_s:
-        name = str(model.dtype).removeprefix("torch.")
-        work = 16 * width * width * rows / 1e9
-        rates = {"gflops": round(work / own_s), "float32_gflops": round(work / float32_s)}
-        log.warning("model.dtype %s is slower than float32 on this machine", name, extra=rates)
-
-
-@torch.inference_mode()
-def _layer_seconds(width: int, rows: int, dtype: torch.dtype) -> float:
-    """CPU seconds of the two multiplications of a feed-forward layer of the usual shape, on one thread."""
-    torch.set_num_threads(1)
-    inner = torch.randn(4 * width, width, dtype=dtype)
-    outer = torch.randn(width, 4 * width, dtype=dtype)
-    vectors = torch.randn(rows, width, dtype=dtype)
-
-    def layer() -> None:
-        linear(gelu(linear(vectors, inner)), outer)
-
-    layer()  # what is paid once
-    return min(cpu_seconds(layer) for _ in range(ROUNDS))
+    fastest = best.index(min(best))
+    log.info("documents run %s, which measured faster", encoders[fastest].execution, extra=rates)
+    return ways[fastest]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from inferstream.device import Device, Runner
 from inferstream.device.cpu import CpuDevice
 from inferstream.device.gpus import check_weights, dtype_on, gpu_of
 from inferstream.errors import ModelError, SettingsError
+from inferstream.models.cpu_dtype import cpu_dtype, warn_if_slower_than_float32
 from inferstream.models.files import locate, one_line, read_json, transformer_folder
 from inferstream.models.positions import most_tokens
 from inferstream.models.warmup import Costs, warm_up
@@ -54,10 +54,7 @@ NO_LIMIT = 8192  # tokens; for the few models whose files name none
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A warm model: ``max_length`` in tokens, ``dimensions`` of a vector, ``costs`` of a sample document.
-
-    ``execution`` is ``packed`` (no padding is computed) or ``padded``.
-    """
+    """A warm model: ``max_length`` in tokens, ``dimensions`` of a vector, ``costs`` of a sample document."""
 
     task: Task
     device: Device
@@ -65,7 +62,11 @@ class Loaded:
     max_length: int
     dimensions: int
     costs: Costs
-    execution: str
+
+    @property
+    def execution(self) -> str:
+        """``packed`` (no padding is computed) or ``padded``."""
+        return "padded" if self.device.padded else "packed"
 
 
 def load(settings: Settings, encode_embedding: EncodeEmbedding) -> Loaded:
@@ -86,13 +87,13 @@ def _load_hash(settings: Settings, encode_embedding: EncodeEmbedding) -> Loaded:
     costs = warm_up(task, runner)
     # It holds the interpreter's lock all the time, so a second thread would only wait for the first.
     device = CpuDevice(runner, model.compute_threads or 1, "hash")
-    return Loaded(task, device, task.model, max_length, HASH_WIDTH, costs, "packed")
+    return Loaded(task, device, task.model, max_length, HASH_WIDTH, costs)
 
 
 def _load_encoder(settings: Settings, encode_embedding: EncodeEmbedding) -> Loaded:
     model = settings.model
     gpu = gpu_of(model.device)
-    dtype = _cpu_dtype(model.dtype) if gpu is None else dtype_on(model.dtype, gpu)
+    dtype = cpu_dtype(model.dtype) if gpu is None else dtype_on(model.dtype, gpu)
     files = locate(model.id, model.revision)
     # Read when tokenizers first works in a process: its own pool of threads would take every core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -102,9 +103,10 @@ def _load_encoder(settings: Settings, encode_embedding: EncodeEmbedding) -> Load
         transformer = load_transformer(sentence, dtype, ids)
         if gpu is None:
             encoder = transformer.on_cpu(type_ids=tokenizer.type_ids)
-            forward = encoder.forward
+            width = encoder.width
         else:
-            encoder, forward = None, transformer.on_gpu(gpu, type_ids=tokenizer.type_ids)
+            forward = transformer.on_gpu(gpu, type_ids=tokenizer.type_ids)
+            width = forward.width
     except SettingsError:
         raise
     except ModelError as error:
@@ -130,16 +132,13 @@ def _load_encoder(settings: Settings, encode_embedding: EncodeEmbedding) -> Load
         prompt=sentence.prompt,
         normalizes=transformer.head.normalizes,
     )
-    if encoder is not None:
+    if gpu is None:
         costs = warm_up(task, encoder)
-        _check_worst_batch(settings, costs, max_length)
         device = _cpu_device(settings, encoder, costs)
     else:
-        assert gpu is not None
         device, costs = _cuda_device(settings, task, forward, gpu, max_length, ids)
-        _check_worst_batch(settings, costs, max_length, device.max_tokens)
-    execution = "padded" if forward.padded else "packed"
-    return Loaded(task, device, info, max_length, forward.width, costs, execution)
+    _check_worst_batch(settings, costs, max_length, device.max_tokens)
+    return Loaded(task, device, info, max_length, width, costs)
 
 
 def _cuda_device(
@@ -196,7 +195,7 @@ def _max_length(settings: Settings, own: int, most: int, *, special: int) -> int
     return wanted
 
 
-def _check_worst_batch(settings: Settings, costs: Costs, max_length: int, most: int | None = None) -> None:
+def _check_worst_batch(settings: Settings, costs: Costs, max_length: int, most: int | None) -> None:
     """A partition that is revoked waits for the batches that run: none may outlast the time there is.
 
     ``most`` is how many tokens the device's memory holds, if it is known.
@@ -215,34 +214,6 @@ def _check_worst_batch(settings: Settings, costs: Costs, max_length: int, most: 
         f"batch.max_tokens: a batch of {tokens} tokens takes this machine about {worst_s:.0f} s, longer than "
         f"delivery.revoke_timeout_s ({limit_s:g}); {remedy}, or raise delivery.revoke_timeout_s"
     )
-
-
-def _cpu_dtype(wanted: str) -> str:
-    """The number type on a CPU; ``auto`` is float32, whose numbers are the reference's."""
-    if wanted in ("auto", "float32"):
-        return "float32"
-    if wanted == "bfloat16" and cpu_has_bfloat16():
-        return wanted
-    if wanted == "bfloat16":
-        raise SettingsError(
-            "model.dtype: this CPU has no bfloat16 in hardware (avx512_bf16 or amx_bf16), and emulated it is "
-            "slower than float32; set model.dtype to float32"
-        )
-    raise SettingsError(
-        f"model.dtype: {wanted} is not for CPUs; set float32, or bfloat16 where the CPU has it"
-    )
-
-
-def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware, from the flags that the kernel shows."""
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        return False
-    names = {"bf16"} if platform.machine() in ("aarch64", "arm64") else {"avx512_bf16", "amx_bf16"}
-    lines = (line.partition(":") for line in text.splitlines())
-    flags = next((value.split() for key, _, value in lines if key.strip() in ("flags", "Features")), [])
-    return not names.isdisjoint(flags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +302,7 @@ class Transformer:
         """``type_ids``: the tokenizer gives token types."""
         import torch
 
-        from inferstream.models.execution import cpu_encoder, warn_if_slower_than_float32
+        from inferstream.models.execution import cpu_encoder
 
         if self.model.dtype != torch.float32:
             warn_if_slower_than_float32(self.model)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inferstream.device.forward import Shape
+from inferstream.device.forward import Shape, run_once
 from inferstream.models import attention
 from inferstream.models.attention import Packing, equal_runs
 from inferstream.models.padded import takes_types
@@ -95,7 +95,7 @@ class PackedForward:
         # It reads two ids back from the device in every forward, to warn of padding that there is none of.
         model.warn_if_padding_and_no_attention_mask = lambda *_: None
         self.use()
-        self.width = len(self._one_token())
+        self.width = run_once(self, [np.zeros(1, dtype=np.int32)], model.device).shape[1]
 
     def use(self) -> None:
         """Make the model attend as this forward needs it: its weights may be shared with another one."""
@@ -166,11 +166,6 @@ class PackedForward:
             before = np.concatenate((np.zeros(1, dtype=np.int32), counted))[bounds[:-1]]
             positions[:] = (counted - np.repeat(before, sizes)) * real - 1
         positions += self._pad_id + 1
-
-    def _one_token(self) -> Tensor:
-        slab = np.zeros(self.slab_size(1, 1), dtype=np.int32)
-        shape = self.pack([np.zeros(1, dtype=np.int32)], slab)
-        return self.forward(torch.from_numpy(slab).to(self._model.device), shape)[0]
 
 
 def _dummies(tokens: int, longest: int) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inferstream.device.forward import Shape
+from inferstream.device.forward import Shape, run_once
 from inferstream.models import attention
 from inferstream.models.pooling import Head
 from inferstream.models.tokenizer import Tokens
@@ -88,7 +88,7 @@ class PaddedForward:
         self.mask = mask
         if model.device.type == "cuda":
             attention.without_plans()
-        self.width = len(self._one_token())
+        self.width = run_once(self, [np.zeros(1, dtype=np.int32)], model.device).shape[1]
 
     def use(self) -> None:
         """Make the model attend as this forward needs it: its weights may be shared with another one."""
@@ -160,8 +160,3 @@ class PaddedForward:
             return seen
         added = torch.zeros(seen.shape, dtype=self._model.dtype, device=seen.device)
         return added.masked_fill(~seen, torch.finfo(self._model.dtype).min)
-
-    def _one_token(self) -> Tensor:
-        slab = np.zeros(self.slab_size(1, 1), dtype=np.int32)
-        shape = self.pack([np.zeros(1, dtype=np.int32)], slab)
-        return self.forward(torch.from_numpy(slab).to(self._model.device), shape)[0]

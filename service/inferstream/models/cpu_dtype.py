@@ -1,0 +1,81 @@
+"""Which number type a CPU computes with: float32, or bfloat16 where the hardware has it."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inferstream.errors import SettingsError
+from inferstream.models.warmup import cpu_seconds, in_thread
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+ROUNDS = 3
+
+MEASURED_WORK = 2_000_000_000
+"""Floating-point operations of one measurement of a number type, about 20 ms on a core."""
+
+MOST_ROWS = 512
+
+
+def cpu_dtype(wanted: str) -> str:
+    """The number type on a CPU for a ``model.dtype``; ``auto`` is float32, whose numbers are the reference's."""
+    if wanted in ("auto", "float32"):
+        return "float32"
+    assert wanted == "bfloat16"  # float16 is refused where the settings are resolved
+    if not cpu_has_bfloat16():
+        raise SettingsError(
+            "model.dtype: this CPU has no bfloat16 in hardware (avx512_bf16 or amx_bf16), and emulated it is "
+            "slower than float32; set model.dtype to float32"
+        )
+    return wanted
+
+
+def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware, from the flags that the kernel shows."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return False
+    names = {"bf16"} if platform.machine() in ("aarch64", "arm64") else {"avx512_bf16", "amx_bf16"}
+    lines = (line.partition(":") for line in text.splitlines())
+    flags = next((value.split() for key, _, value in lines if key.strip() in ("flags", "Features")), [])
+    return not names.isdisjoint(flags)
+
+
+def warn_if_slower_than_float32(model: Any) -> None:
+    """Multiply as one layer of the model does, in its number type and in float32; takes a fraction of a second."""
+    import torch
+
+    width = model.config.hidden_size
+    rows = max(32, min(MOST_ROWS, MEASURED_WORK // (16 * width * width)))
+    dtypes = (torch.float32, model.dtype)
+    float32_s, own_s = in_thread(lambda: [_layer_seconds(width, rows, dtype) for dtype in dtypes])
+    if own_s > float32_s:
+        name = str(model.dtype).removeprefix("torch.")
+        work = 16 * width * width * rows / 1e9
+        rates = {"gflops": round(work / own_s), "float32_gflops": round(work / float32_s)}
+        log.warning("model.dtype %s is slower than float32 on this machine", name, extra=rates)
+
+
+def _layer_seconds(width: int, rows: int, dtype: torch.dtype) -> float:
+    """CPU seconds of the two multiplications of a feed-forward layer of the usual shape, on one thread."""
+    import torch
+    from torch.nn.functional import gelu, linear
+
+    torch.set_num_threads(1)
+    inner = torch.randn(4 * width, width, dtype=dtype)
+    outer = torch.randn(width, 4 * width, dtype=dtype)
+    vectors = torch.randn(rows, width, dtype=dtype)
+
+    def layer() -> None:
+        with torch.inference_mode():
+            linear(gelu(linear(vectors, inner)), outer)
+
+    layer()  # what is paid once
+    return min(cpu_seconds(layer) for _ in range(ROUNDS))
