@@ -80,7 +80,7 @@ format: setup ## put the code into the format that `make check` asks for
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup ## the measured table (about 20 minutes on two cores; BENCH_ARGS=--short: a few)
+bench: setup ## the measured table (20 minutes at most on two cores; BENCH_ARGS=--short: a few)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 lock: ## pin the newest versions in requirements/ again

@@ -1,9 +1,9 @@
 """All benchmarks, one after the other, each side by side with what it is compared with.
 
-    python -m benchmarks                              # about 20 minutes on two cores
+    python -m benchmarks                              # 20 minutes at most on two cores
     python -m benchmarks --short                      # 5 minutes at most: do they still run?
     python -m benchmarks --only pipe latency
-    python -m benchmarks --markdown docs/performance.md --json performance.json
+    python -m benchmarks --docs                       # and write it into docs/ and README
 
 Nothing else should run on the machine meanwhile.  Goals are reported as met or missed; the exit code says only
 whether everything could be measured.
@@ -31,6 +31,7 @@ from benchmarks import batching, latency, memory, overlap, paced, pipe, prefetch
 from benchmarks.arena import READY_S, Arena, Child, Topics
 from benchmarks.documents import Corpus
 from benchmarks.machine import hardware, has_bfloat16, versions
+from benchmarks.publish import publish
 from benchmarks.report import Report, Section, number
 from benchmarks.scale import FULL, MODEL, SHORT, Scale
 
@@ -157,6 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
             path.write_text(text)
     if options.json is None:
         print(report.json())
+    if options.docs:
+        publish(report)
     return 1 if run.failed else 0
 
 
@@ -168,6 +171,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there and not to stdout")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the Markdown there, too")
+    parser.add_argument("--docs", action="store_true", help="write the tables into docs/ and README, too")
     parser.add_argument(
         "--folder", type=Path, help="where the broker keeps its data meanwhile (default: TMPDIR)"
     )

@@ -71,15 +71,18 @@ class Report:
     def goals(self) -> list[Goal]:
         return [goal for section in self.sections.values() for goal in section.goals]
 
+    def summary(self) -> str:
+        """The goals alone."""
+        return table(["", "measured", "goal", ""], [goal.row() for goal in self.goals])
+
     def markdown(self) -> str:
         facts = ", ".join(f"{name} {value}" for name, value in self.documents.items())
-        summary = table(["", "measured", "goal", ""], [goal.row() for goal in self.goals])
         head = [
             "# Performance",
             f"Written by `{self.how}` in {self.took_s / 60:.0f} min. Ratios compare both sides on the same documents, "
             "side by side on the same machine; times are medians of interleaved rounds. A goal that is missed is said "
             "to be missed and fails nothing.",
-            summary,
+            self.summary(),
             table(["machine", ""], [[name, value] for name, value in self.hardware.items()]),
             "Versions: " + ", ".join(f"{name} {value}" for name, value in self.versions.items()) + ".",
             f"Documents: docstrings of the standard library and of installed packages ({facts}).",

@@ -1,4 +1,4 @@
-"""How much is measured: all of it (about 20 minutes on two cores), or just enough for CI (5 minutes)."""
+"""How much is measured: all of it (20 minutes at most on two cores), or just enough for CI (5 minutes)."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 import orjson
@@ -16,6 +17,7 @@ from benchmarks.devices import CountedTask, PacedDevice, Span, WatchedDevice, id
 from benchmarks.documents import Corpus, records
 from benchmarks.latency import arrivals
 from benchmarks.paced import mean_tokens
+from benchmarks.publish import ROOT, publish
 from benchmarks.report import Goal, Report, Section, median_ratio, number, percentile
 from inferstream.device.cpu import CpuDevice
 from inferstream.documents import Document, Prepared
@@ -152,3 +154,22 @@ def test_watched_device_when_a_batch_ends_then_its_time_is_kept() -> None:
 def test_options_when_nothing_is_named_then_everything_runs() -> None:
     assert _options([]).only == list(NAMES)
     assert _options(["--short", "--only", "pipe", "latency"]).only == ["pipe", "latency"]
+
+
+def test_publish_when_a_run_is_written_down_replaces_the_marked_tables_only(tmp_path: Path) -> None:
+    pages = {page: (ROOT / page).read_text() for page in ("README.md", "docs/cpu.md")}
+    (tmp_path / "docs").mkdir()
+    for page, text in pages.items():
+        (tmp_path / page).write_text(text)
+    section = Section("Overlap", [Goal("ours / theirs", 0.4, 0.5, at_least=True)], text=["what it is"])
+    report = Report("python -m benchmarks", 61.0, {}, {}, {}, {"overlap": section})
+
+    publish(report, tmp_path)
+
+    assert (tmp_path / "docs" / "performance.md").read_text() == report.markdown()
+    readme, cpu = (tmp_path / "README.md").read_text(), (tmp_path / "docs" / "cpu.md").read_text()
+    assert f"<!-- MEASURED begin -->\n{report.summary()}\n<!-- MEASURED end -->" in readme
+    assert "what it is\n<!-- OVERLAP end -->" in cpu
+    for page, now in (("README.md", readme), ("docs/cpu.md", cpu)):
+        assert now.split("<!-- ")[0] == pages[page].split("<!-- ")[0]
+        assert now.rsplit(" end -->")[-1] == pages[page].rsplit(" end -->")[-1]
