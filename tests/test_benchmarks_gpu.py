@@ -7,8 +7,8 @@ import random
 import pytest
 
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.feed import batched, feed, fixed, mixed
-from benchmarks.gpu.models import BERT, MINILM, peak_flops
+from benchmarks.gpu.feed import batched, feed, fixed, kernel_seconds, mixed
+from benchmarks.gpu.models import BERT, MINILM
 from inferstream.device.cuda import CudaDevice
 from tests.support.streams import FakeStreams, ToyForward
 
@@ -37,6 +37,32 @@ def test_feed_when_a_device_is_fed_counts_what_it_did() -> None:
     assert fed.seconds >= 0.2 and fed.busy_s > 0 and 0 <= fed.idle_ratio < 1 and fed.latency_s > 0
 
 
+class Event:
+    """As Kineto's: times in nanoseconds."""
+
+    def __init__(self, device: str, stream: int, start: int, end: int, note: bool = False) -> None:
+        self.device_type = lambda: f"DeviceType.{device}"
+        self.device_resource_id = lambda: stream
+        self.start_ns = lambda: start
+        self.duration_ns = lambda: end - start
+        self.is_user_annotation = lambda: note
+
+
+def test_kernel_seconds_of_a_profile_then_they_are_what_is_covered_on_the_stream_with_the_most() -> None:
+    events = [
+        Event("CUDA", 7, 500, 900),
+        Event("CUDA", 7, 100, 300),
+        Event("CUDA", 7, 200, 400),
+        Event("CUDA", 7, 250, 260),
+        Event("CUDA", 7, 0, 5000, note=True),
+        Event("CUDA", 13, 100, 700),
+        Event("CPU", 1, 0, 9000),
+    ]
+
+    assert kernel_seconds(events) == pytest.approx(700e-9)
+    assert kernel_seconds([]) == 0.0
+
+
 def test_batches_when_formed_for_a_benchmark_are_full_and_within_the_budget() -> None:
     documents = mixed(2000, 512, 100)
 
@@ -50,4 +76,3 @@ def test_batches_when_formed_for_a_benchmark_are_full_and_within_the_budget() ->
 def test_flops_when_counted_are_those_of_the_known_shapes() -> None:
     assert MINILM.flops_per_token(128) == pytest.approx(22.41e6, rel=0.01)
     assert BERT.flops_per_token(128) == pytest.approx(174.6e6, rel=0.01)
-    assert peak_flops("NVIDIA H200") == 989e12 and peak_flops("a GPU of the future") is None

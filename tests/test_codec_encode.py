@@ -170,6 +170,28 @@ def test_embedding_when_the_vector_is_a_view_in_double_precision_then_it_is_writ
     )
 
 
+@given(
+    st.lists(
+        st.floats(-70_000, 70_000, width=32) | st.sampled_from([65_504.0, -65_519.0, 65_520.0, 6e-8, -0.0]),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_embedding_in_half_precision_of_any_vector_then_it_is_numpys_rounding_or_refused(
+    numbers: list[float],
+) -> None:
+    vector = np.array(numbers, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        expected = vector.astype("<f2")
+    codec = Codec(encoding="base64-f16")
+
+    if np.isfinite(expected).all():
+        assert base64.b64decode(codec.embedding(vector)["embedding_base64"]) == expected.tobytes()
+    else:
+        with pytest.raises(ValueError, match="65,504"):
+            codec.embedding(vector)
+
+
 def test_embedding_when_a_number_is_too_large_for_half_precision_then_it_raises() -> None:
     with pytest.raises(ValueError, match="65,504"):
         Codec(encoding="base64-f16").embedding(np.array([70_000.0], dtype=np.float32))

@@ -230,7 +230,7 @@ def test_parse_reads_what_the_worker_exposes() -> None:
     metrics.stage_fill_ratio.labels("window").set(0.75)
     metrics.stage_seconds("prepare", 1.5)
     metrics.batch("tokens", [SimpleNamespace(length=50), SimpleNamespace(length=100)], 200)
-    metrics.device_busy(2.5, 2)
+    metrics.device(2.5, {"launch": 0.5}, 0.0)
     metrics.device_idle_ratio.set(0.25)
     metrics.blocked_documents.set(7)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -67,6 +68,27 @@ def test_wait_when_a_batch_ends_gives_its_rows_slot_and_time(device: CpuDevice) 
     assert flight.rows is not None and flight.rows.tolist() == [[2], [4], [6]]
     assert flight.error is None
     assert flight.busy_s > 0
+
+
+def test_flights_when_a_thread_waited_then_idle_and_stalled_are_told_apart(runner: Doubling) -> None:
+    device = CpuDevice(runner, 1)
+    runner.gate.clear()
+    device.launch(0, [1])
+    assert runner.running.acquire(timeout=10)
+    time.sleep(0.1)  # begun, and no CPU time for it
+    runner.gate.set()
+    first = wait(device)
+    time.sleep(0.2)
+    device.launch(0, [1])
+    second = wait(device)
+    device.close()
+
+    assert first.idle_s == 0.0 and first.stalled_s >= 0.1
+    assert second.idle_s >= 0.2 > 0.1 > second.stalled_s
+    for flight in (first, second):
+        [span] = flight.spans
+        assert flight.busy_s + flight.stalled_s == pytest.approx(span.end - span.start)
+    assert second.idle_s == pytest.approx(second.spans[0].start - first.spans[0].end)
 
 
 @pytest.mark.parametrize("error", [ValueError("bad"), MemoryError(), KeyboardInterrupt(), SystemExit(1)])

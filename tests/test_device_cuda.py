@@ -225,11 +225,24 @@ def test_flights_when_they_land_then_busy_idle_and_spans_are_those_of_the_stream
 
     assert flights[0].idle_s == 0.0
     for flight in flights:
-        (_, _, staged, copied), (_, _, began, computed), (_, _, leaving, landed) = flight.spans
-        assert [span.step for span in flight.spans] == ["h2d", "compute", "d2h"]
+        queued, (_, _, staged, copied), (_, _, began, computed), (_, _, leaving, landed) = flight.spans
+        assert [span.step for span in flight.spans] == ["launch", "h2d", "compute", "d2h"]
+        assert 0 < queued.start <= queued.end <= time.monotonic()
         assert staged <= copied <= began <= computed <= leaving <= landed
         assert flight.busy_s == pytest.approx(computed - began)
         assert flight.idle_s >= 0.0
+        assert flight.stalled_s == 0.0
+
+
+def test_flight_when_the_one_before_failed_then_its_time_is_nobodys_idle_time() -> None:
+    streams = FakeStreams(choose_of(random.Random(6)))
+    device = made(streams)
+    streams.refused = {streams.runs + 1: RuntimeError("half-way")}
+
+    flights = drive(device, random_batches(random.Random(7), 4), choose_of(random.Random(8)))
+
+    assert [flight.error is None for flight in flights] == [True, False, True, True]
+    assert flights[2].idle_s == 0.0
 
 
 def test_flight_when_it_is_the_first_after_warming_up_then_the_wait_for_it_is_nobodys_idle_time() -> None:
@@ -403,7 +416,7 @@ def test_start_when_warming_up_raises_then_it_says_what_to_do(
     error: Exception, kind: type[Exception], text: str
 ) -> None:
     streams = FakeStreams()
-    streams.refused = {0: error}
+    streams.refused = dict.fromkeys(range(100), error)  # smaller batches do not fit either
 
     with pytest.raises(kind, match=text):
         made(streams)
@@ -421,6 +434,35 @@ def test_max_tokens_when_memory_is_measured_is_what_fits_but_never_less_than_a_d
     streams.bytes_per_run = 4096  # of a batch of 64 tokens: 64 a token
 
     assert made(streams).max_tokens == fitting
+
+
+class Limited(ToyForward):
+    """Runs out of memory above so many tokens."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def pack(self, items: Any, slab: Any, capacity: Any = None) -> Any:
+        if sum(map(len, items)) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().pack(items, slab, capacity)
+
+
+@pytest.mark.parametrize(("most", "fitting"), [(63, 32), (32, 32), (16, 16)])
+def test_max_tokens_when_the_probe_does_not_fit_then_a_smaller_one_is_tried(most: int, fitting: int) -> None:
+    streams = FakeStreams()
+
+    device = made(streams, Limited(most))
+
+    assert device.max_tokens == fitting
+    assert streams.emptied > 0
+    assert len(device.run([[1] * MAX_LENGTH] * 4)) == 4  # as the warm-up: more than a batch, so in several
+
+
+def test_device_when_not_even_one_document_fits_then_it_is_refused() -> None:
+    with pytest.raises(SettingsError, match="a document of 16 tokens does not fit the memory of fake:0"):
+        made(FakeStreams(), Limited(15))
 
 
 def test_max_tokens_when_a_document_may_be_longer_than_the_budget_is_at_least_the_document() -> None:
@@ -485,6 +527,50 @@ def test_graphs_when_one_gives_other_rows_then_there_are_none_and_batches_run_ea
     assert len(streams.graphs) == 1
     [line] = [record.message for record in caplog.records if "CUDA graphs" in record.message]
     assert line == "no CUDA graphs: small batches are launched kernel by kernel, which is slower"
+
+
+def test_graphs_when_one_cannot_be_recorded_then_those_before_it_are_kept_and_right(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    streams, forward = FakeStreams(), ToyForward()
+
+    def refuse_the_third(work: Any) -> Any:
+        if len(streams.graphs) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return work
+
+    streams.break_graph = refuse_the_third
+    device = CudaDevice(
+        forward, streams, max_tokens=2048, max_length=MAX_LENGTH, max_items=64, graphs=4, vocabulary=1000
+    )
+    replays = sum(graph.replays for graph in streams.graphs)
+    rows = device.run([[5, 6]])
+
+    assert rows.tolist() == [[11.0, 2.0, 5.0, 6.0]]
+    assert sum(graph.replays for graph in streams.graphs) == replays + 1
+    [line] = [record for record in caplog.records if "CUDA graphs" in record.message]
+    assert line.message == "fewer CUDA graphs than planned"
+    assert line.graphs == 2  # type: ignore[attr-defined]  # from extra
+
+
+def test_graphs_when_a_failed_recording_spoils_those_before_it_then_there_are_none() -> None:
+    streams, forward = FakeStreams(), ToyForward()
+    spoiled = []
+
+    def record(work: Any) -> Any:
+        if len(streams.graphs) == 2:
+            spoiled.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return lambda: None if spoiled else work()
+
+    streams.break_graph = record
+    device = CudaDevice(
+        forward, streams, max_tokens=2048, max_length=MAX_LENGTH, max_items=64, graphs=4, vocabulary=1000
+    )
+    replays = sum(graph.replays for graph in streams.graphs)
+
+    assert device.run([[5, 6]]).tolist() == [[11.0, 2.0, 5.0, 6.0]]
+    assert sum(graph.replays for graph in streams.graphs) == replays
 
 
 def test_graphs_when_recording_runs_out_of_memory_then_there_are_none() -> None:

@@ -25,12 +25,14 @@ pytestmark = pytest.mark.model
 def on_the_fake(monkeypatch: pytest.MonkeyPatch, graphs: int) -> tuple[Loaded, FakeStreams]:
     streams = FakeStreams(random.Random(1).randrange)
 
-    def on_gpu(self: Transformer, index: int, *, type_ids: bool) -> Any:
+    def on_gpus(self: Transformer, free: dict[int, int], *, type_ids: bool) -> Any:
         return best_forward(self.model, self.head, pad_id=self.pad_id, type_ids=type_ids)
 
     monkeypatch.setattr(loading, "gpu_of", lambda device: 0)
     monkeypatch.setattr(loading, "dtype_on", lambda wanted, index: "float32")
-    monkeypatch.setattr(Transformer, "on_gpu", on_gpu)
+    monkeypatch.setattr(loading, "gpus_for", lambda model, index, *, any_gpus: {index: 1 << 30})
+    monkeypatch.setattr(loading, "peak_on", lambda index, dtype: None)
+    monkeypatch.setattr(Transformer, "on_gpus", on_gpus)
     monkeypatch.setattr("inferstream.device.streams.CudaStreams", lambda index: streams)
     wanted = model_settings(id=PACKAGE, device="cuda")
     device = wanted.device.model_copy(update={"cuda_graphs": graphs})

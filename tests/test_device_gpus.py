@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import inferstream
-from inferstream.device.gpus import check_weights, dtype_on, gpu_of
+from inferstream.device.gpus import dtype_on, gpu_of, gpus_for
 from inferstream.errors import SettingsError
 
 
@@ -97,20 +97,42 @@ def test_dtype_when_the_gpu_only_emulates_it_is_refused(monkeypatch: pytest.Monk
         dtype_on("bfloat16", 0)
 
 
-@pytest.mark.parametrize(("gpus", "other"), [(1, False), (2, True)])
-def test_weights_when_they_do_not_fit_the_free_memory_are_refused(
-    monkeypatch: pytest.MonkeyPatch, gpus: int, other: bool
+def sized(monkeypatch: pytest.MonkeyPatch, free: int) -> torch.nn.Module:
+    """A model of 4 MiB, and GPUs with so many bytes free, each."""
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (free, 8 << 20))
+    return torch.nn.Linear(1024, 1024, bias=False)
+
+
+@pytest.mark.parametrize("any_gpus", [False, True])
+def test_gpus_when_the_weights_fit_the_first_then_it_is_that_one(
+    monkeypatch: pytest.MonkeyPatch, any_gpus: bool
+) -> None:
+    seen(monkeypatch, gpus=2)
+
+    assert gpus_for(sized(monkeypatch, 4 << 20), 0, any_gpus=any_gpus) == {0: 4 << 20}
+
+
+def test_gpus_when_the_weights_do_not_fit_one_and_nobody_asked_for_it_then_it_is_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen(monkeypatch, gpus=3)
+    free = (4 << 20) - 1
+
+    assert gpus_for(sized(monkeypatch, free), 0, any_gpus=True) == {0: free, 1: free, 2: free}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "any_gpus", "other"), [(1, True, False), (1, False, False), (2, False, True)]
+)
+def test_gpus_when_the_weights_do_not_fit_and_there_is_no_other_way_are_refused(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, any_gpus: bool, other: bool
 ) -> None:
     seen(monkeypatch, gpus=gpus)
-    model = torch.nn.Linear(1024, 1024, bias=False)  # 4 MiB
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (4 << 20, 8 << 20))
-    check_weights(model, 0)
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: ((4 << 20) - 1, 8 << 20))
 
     with pytest.raises(SettingsError) as refused:
-        check_weights(model, 0)
+        gpus_for(sized(monkeypatch, (4 << 20) - 1), 0, any_gpus=any_gpus)
 
     assert str(refused.value).startswith(
         "model.id: its weights are 0.0 GiB, and cuda:0 has 0.0 of 0.0 GiB free; "
     )
-    assert ("or another one (model.device: cuda:1)" in str(refused.value)) is other
+    assert ("set model.device to auto to spread the model over all" in str(refused.value)) is other

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,6 +130,67 @@ def open_lane(pipeline: Pipeline, partition: int = 0) -> Lane:
     lane = Lane("in", partition, 1, 0)
     pipeline.open_lane(lane)
     return lane
+
+
+async def test_results_then_they_are_serialised_in_a_worker_thread_from_the_rows_themselves(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, sink, _ = build()
+    seen: list[tuple[str, bool]] = []
+    rows: list[np.ndarray] = []
+    batch_done, result = pipeline.batch_done, Codec.result
+
+    def watch_rows(items: Sequence[Any], each: np.ndarray) -> None:
+        rows.append(each)
+        batch_done(items, each)
+
+    def watch_result(self: Codec, *arguments: Any) -> Any:
+        shared = any(np.shares_memory(arguments[-1]["embedding"], each) for each in rows)
+        seen.append((threading.current_thread().name, shared))
+        return result(self, *arguments)
+
+    monkeypatch.setattr(pipeline, "batch_done", watch_rows)
+    monkeypatch.setattr(Codec, "result", watch_result)
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n) for n in range(20)])
+    await until(lambda: len(sink.sent) == 20)
+
+    assert len(seen) == 20
+    assert all(name.startswith("worker-") and shared for name, shared in seen)
+
+
+async def test_usage_when_documents_went_through_then_tokens_time_and_operations_are_counted(
+    build: Build,
+) -> None:
+    pipeline, sink, _ = build()
+    pipeline.stage._flops_of = lambda length: 10.0 * length
+    sink.automatic = False
+    lane = open_lane(pipeline)
+    for n in range(3):
+        pipeline.admit(lane, [record(n, "x" * 399)])
+        await until(lambda n=n: len(sink.sent) == n + 1)  # type: ignore[misc]  # mypy has no type for it
+
+    assert pipeline.prepared_tokens == pipeline.stage.tokens == 300
+    assert pipeline.stage.flops == 3000.0
+    assert pipeline.waiting == {"prepare": 0, "device": 0, "finish": 0, "publish": 3, "commit": 0}
+    idle = pipeline.stage.usage.idle_s
+    assert pipeline.stage.usage.busy_s > 0
+    assert idle["prepare"] > 0 and idle["batch"] >= 0.001 and idle["launch"] > 0  # linger_ms is 1
+    assert sum(pipeline.workers.cpu_s) > 0
+
+
+async def test_waiting_when_too_much_is_uncommitted_then_the_rest_waits_for_the_commit(build: Build) -> None:
+    pipeline, _, _ = build(**{"delivery.max_uncommitted_documents": 4})
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n) for n in range(10)])
+    await until(lambda: lane.settled == 4 and not lane.in_flight)
+
+    assert pipeline.waiting == {"prepare": 0, "device": 0, "finish": 0, "publish": 0, "commit": 6}
+    assert (pipeline.uncommitted, pipeline.max_uncommitted) == (4, 4)
+
+    pipeline.committed(lane, 4)
+    await until(lambda: lane.settled == 8)
+    assert pipeline.waiting["commit"] == 2
 
 
 async def test_batch_when_one_document_raises_then_only_that_one_is_a_dead_letter(build: Build) -> None:

@@ -26,7 +26,11 @@ PUBLISHED = [
     "record_age_seconds",
     "end_to_end_seconds",
     "stage_fill_ratio{stage}",
+    "limiting_stage{stage}",
     "stage_seconds{stage}",
+    "prepare_tokens_total",
+    "prepare_cpu_seconds_total",
+    "finish_cpu_seconds_total",
     "buffer_bytes",
     "buffer_limit_bytes",
     "credit_records",
@@ -35,7 +39,11 @@ PUBLISHED = [
     "batch_padding_ratio",
     "batches_total{closed_by}",
     "device_busy_seconds_total",
+    "device_idle_seconds_total{waited_for}",
+    "device_lanes",
     "device_idle_ratio",
+    "model_flops_total",
+    "model_flops_utilisation{device,dtype}",
     "commits_total{outcome}",
     "last_commit_timestamp_seconds",
     "rebalances_total",
@@ -149,16 +157,22 @@ def test_forget_partition_when_it_is_revoked_then_its_series_are_removed() -> No
     assert sample(metrics, "lag_records", topic="a", partition="1") == 6
 
 
-def test_device_busy_when_half_of_the_lanes_computed_then_half_was_idle() -> None:
+def test_totals_when_they_are_read_twice_then_the_counters_are_what_was_counted() -> None:
     metrics = Metrics()
-    metrics.device_busy(100.0, lanes=2)
-    started = time.monotonic()
-    time.sleep(0.05)
+    metrics.device(100.0, {"launch": 1.0, "core": 0.0}, 4e9)
+    metrics.workers(500, 0.25, 0.125)
 
-    metrics.device_busy(100.0 + (time.monotonic() - started), lanes=2)
+    for _ in range(2):
+        metrics.device(101.5, {"launch": 1.0, "core": 3.0}, 9e9)
+        metrics.workers(900, 0.5, 0.125)
 
-    assert sample(metrics, "device_idle_ratio") == pytest.approx(0.5, abs=0.1)
-    assert sample(metrics, "device_busy_seconds_total") == pytest.approx(100.05, abs=0.05)
+    assert sample(metrics, "device_busy_seconds_total") == 101.5
+    assert sample(metrics, "device_idle_seconds_total", waited_for="launch") == 1.0
+    assert sample(metrics, "device_idle_seconds_total", waited_for="core") == 3.0
+    assert sample(metrics, "model_flops_total") == 9e9
+    assert sample(metrics, "prepare_tokens_total") == 900
+    assert sample(metrics, "prepare_cpu_seconds_total") == 0.5
+    assert sample(metrics, "finish_cpu_seconds_total") == 0.125
 
 
 def test_render_when_a_callback_sets_a_gauge_then_the_scrape_has_it() -> None:

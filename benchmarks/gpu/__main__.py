@@ -3,6 +3,7 @@
 engine   documents per second of one device fed from memory, BERT-base and MiniLM shapes
 slots    1, 2 and 3 staging slots: with 1 the GPU waits for the host after every batch (synchronous)
 graphs   small batches as CUDA graphs against the same launched kernel by kernel
+gaps     the time within batches in which no kernel ran, from the profiler (CUPTI), which slows launching down a little
 packing  documents of many lengths packed against padded, and against a plain transformers loop
 kafka    from Kafka to Kafka with the real MiniLM on the embedded broker, against the same model from memory
 
@@ -32,8 +33,6 @@ class Run:
         self.index = index
 
     def engine(self) -> Section:
-        import torch
-
         from benchmarks.gpu.feed import feed, fixed
         from benchmarks.gpu.models import (
             BERT,
@@ -42,12 +41,12 @@ class Run:
             device_of,
             forwards_of,
             model_of,
-            peak_flops,
         )
+        from inferstream.device.gpus import peak_on
 
         section = Section("Engine only, 128 tokens, bfloat16")
         goals = {BERT.name: 15_000.0, MINILM.name: 60_000.0}
-        peak = peak_flops(torch.cuda.get_device_name(self.index))
+        peak = peak_on(self.index, "bfloat16")
         rows: list[list[str]] = []
         for shape in (BERT, MINILM):
             padded, packed = forwards_of(model_of(shape, self.index))
@@ -55,7 +54,7 @@ class Run:
             for tokens in (8192, 16_384, 32_768, 65_536):
                 device = device_of(packed or padded, shape, tokens, index=self.index)
                 fed = feed(device, fixed(128, tokens, 8, VOCABULARY), self.seconds)
-                used = None if peak is None else fed.tokens_per_s * shape.flops_per_token(128) / peak
+                used = None if peak is None else fed.tokens_per_s * shape.flops_per_token(128) / peak.flops
                 rows.append(
                     [
                         shape.name,
@@ -148,6 +147,43 @@ class Run:
         section.text = [table(head, rows), "ms: time of one batch on the compute stream."]
         return section
 
+    def gaps(self) -> Section:
+        from torch.profiler import ProfilerActivity, profile
+
+        from benchmarks.gpu.feed import feed, fixed, kernel_seconds
+        from benchmarks.gpu.models import BERT, MINILM, VOCABULARY, device_of, forwards_of, model_of
+
+        section = Section("Gaps within batches, documents of 64 tokens")
+        rows: list[list[str]] = []
+        for shape in (MINILM, BERT):
+            padded, packed = forwards_of(model_of(shape, self.index))
+            for graphs in (0, 64):
+                device = device_of(packed or padded, shape, 32_768, graphs=graphs, index=self.index)
+                for tokens in (1024, 4096, 16_384, 32_768):
+                    batches = fixed(64, tokens, 8, VOCABULARY)
+                    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+                        fed = feed(device, batches, min(self.seconds, 1.0))
+                    results = seen.profiler.kineto_results if seen.profiler else None
+                    computed = kernel_seconds(results.events()) if results else 0.0
+                    # One round of all the batches is not measured by feed, but is by the profiler.
+                    share = 1 - computed / (fed.busy_s * (fed.batches + len(batches)) / fed.batches)
+                    section.data[f"{shape.name}, {graphs} graphs, {tokens} tokens"] = asdict(fed) | {
+                        "kernel_s": computed,
+                        "gaps": share,
+                    }
+                    rows.append(
+                        [
+                            shape.name,
+                            "graphs" if graphs else "eager",
+                            str(tokens),
+                            f"{1e3 * fed.busy_s / fed.batches:.3f}",
+                            f"{100 * share:.1f} %",
+                        ]
+                    )
+        head = ["shape", "launched as", "tokens per batch", "ms per batch", "of it no kernel ran"]
+        section.text = [table(head, rows)]
+        return section
+
     def packing(self) -> Section:
         from benchmarks.gpu.feed import batched, feed, mixed
         from benchmarks.gpu.models import BERT, MINILM, VOCABULARY, device_of, forwards_of, model_of
@@ -208,7 +244,7 @@ def _plain(model: Any, documents: list[Any], seconds: float) -> float:
     return done / lasted
 
 
-NAMES = ("engine", "slots", "graphs", "packing", "kafka")
+NAMES = ("engine", "slots", "graphs", "gaps", "packing", "kafka")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -88,6 +88,29 @@ def feed(device: Device, batches: Sequence[Sequence[Any]], seconds: float) -> Fe
         ),  # the first waited for the measurement to begin
         latency_s=sorted(latency for _, latency in flights)[len(flights) // 2],
     )
+
+
+def kernel_seconds(events: Iterable[Any]) -> float:
+    """How long kernels ran on the stream that computes, of the events that PyTorch's profiler (Kineto) gives.
+
+    Copies between the host and the GPU have streams of their own; those on this one are part of the forward.  The
+    stream is the one with the most; what overlaps counts once.
+    """
+    streams: dict[int, list[tuple[int, int]]] = {}
+    for event in events:
+        if "CUDA" in str(event.device_type()) and not event.is_user_annotation():
+            start = event.start_ns()
+            span = (start, start + event.duration_ns())
+            streams.setdefault(event.device_resource_id(), []).append(span)
+
+    def covered(spans: list[tuple[int, int]]) -> int:
+        total = until = 0
+        for start, end in sorted(spans):
+            total += max(0, end - max(start, until))
+            until = max(until, end)
+        return total
+
+    return max(map(covered, streams.values()), default=0) / 1e9
 
 
 def _one(device: Device, items: Sequence[Any]) -> None:

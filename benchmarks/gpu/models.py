@@ -10,8 +10,6 @@ from inferstream.device.forward import Forward
 from inferstream.device.streams import CudaStreams
 
 VOCABULARY = 30_522
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A10": 125e12, "L4": 121e12, "L40": 362e12}
-"""FLOP/s of dense bfloat16 products by data sheet; a part of the GPU's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +71,4 @@ def device_of(
         slots=slots,
         graphs=graphs,
         vocabulary=VOCABULARY,
-    )
-
-
-def peak_flops(name: str) -> float | None:
-    """By the GPU's name; None where it is not in the list."""
-    return next(
-        (peak for part, peak in sorted(PEAKS.items(), key=lambda each: -len(each[0])) if part in name), None
     )

@@ -121,11 +121,12 @@ async def _run(
         if not failure.done():
             failure.set_exception(error)
 
-    pipeline = Pipeline(settings, codec, loaded.task, loaded.device, metrics, timeline, failed)
+    flops_of = loaded.flops.of if loaded.flops is not None else None
+    pipeline = Pipeline(settings, codec, loaded.task, loaded.device, metrics, timeline, failed, flops_of)
     source = Source(settings, pipeline, watch, timeline)
     sink = make_sink(settings, cluster, pipeline, failed, timeline)
     pipeline.sink = sink
-    watch.follow(pipeline, source, sink)
+    watch.follow(pipeline, source, sink, loaded.peak)
     duties: list[asyncio.Future[Any]] = [failure, source.failures()]
     clean = True
     try:

@@ -32,7 +32,8 @@ DEFAULT_MAX_ITEMS: Final = 4096
 class Item:
     """One piece that can go into a batch: a document, or chunk ``index`` of a long one.
 
-    ``length`` is in tokens, ``ready_at`` in seconds on the caller's clock.  ``order`` is the window's.
+    ``length`` is in tokens; ``ready_at``, when it was prepared, and ``admitted_at``, when its record was read (None:
+    nobody knows), in seconds on the caller's clock.  ``order`` is the window's.
     """
 
     owner: Any
@@ -40,6 +41,7 @@ class Item:
     length: int
     ready_at: float
     payload: Any
+    admitted_at: float | None = None
     order: int = field(default=0, init=False, repr=False)
 
 

@@ -37,6 +37,9 @@ MAX_MESSAGE_BYTES = 1024
 INEXACT_FLOAT = 2.0**53  # from here on a double stands for several integers
 BATCH_HEADER_BYTES = 61  # a v2 record batch; the broker's limit is on the batch
 
+FLOAT32, FLOAT16 = np.dtype("<f4"), np.dtype("<f2")
+MAX_FLOAT16 = 65504.0
+
 _ABSENT: Any = object()
 _NO_HEADERS: Headers = (SCHEMA_HEADER,)
 
@@ -264,15 +267,11 @@ class Codec:
 
         Raises ValueError for a number that ``base64-f16`` cannot hold.
         """
-        vector = np.ascontiguousarray(vector, dtype="<f4")
+        vector = np.ascontiguousarray(vector, dtype=FLOAT32)
         if self._encoding == "json":
             return {"embedding": vector, "dimensions": len(vector)}
         if self._encoding == "base64-f16":
-            with np.errstate(over="ignore"):
-                half = vector.astype("<f2")
-            if not np.isfinite(half).all():
-                raise ValueError("the vector has numbers beyond 65,504, which base64-f16 cannot hold")
-            vector = half
+            vector = _halved(vector)
         text = binascii.b2a_base64(vector.data, newline=False).decode()
         return {"embedding_base64": text, "encoding": self._encoding, "dimensions": len(vector)}
 
@@ -356,6 +355,19 @@ class Codec:
             f"{sizes}, and the output topic takes {limit:,}: {remedy}, or send less metadata",
             Stage.FINISH,
         )
+
+
+def _halved(vector: np.ndarray) -> np.ndarray:
+    """A finite float32 vector in float16, rounded to nearest even; ValueError where that is infinite."""
+    if (
+        vector.dot(vector) < MAX_FLOAT16**2
+    ):  # no number is larger than the vector is long; almost all are of length 1
+        return vector.astype(FLOAT16)
+    with np.errstate(over="ignore"):
+        half = vector.astype(FLOAT16)
+    if not np.isfinite(half).all():
+        raise ValueError("the vector has numbers beyond 65,504, which base64-f16 cannot hold")
+    return half
 
 
 def _copied(headers: Headers) -> Headers:

@@ -53,7 +53,7 @@ RATE_MEMORY = 0.9  # exponential memory of the measured seconds per document, pe
 class Pipeline:
     """One worker's flow from admitted records to acknowledged results.
 
-    ``failed`` is called with the error that has to end the process.
+    ``failed`` is called with the error that has to end the process; ``flops_of`` is the device stage's.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Pipeline:
         metrics: Metrics,
         timeline: Timeline,
         failed: Callable[[BaseException], None],
+        flops_of: Callable[[int], float] | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         budget = settings.batch.max_tokens
@@ -90,7 +91,7 @@ class Pipeline:
         self.window = Window(budget, padded=device.padded)
         self.ceilings = Ceilings(budget)
         self.workers = Workers(settings.prepare.threads, loop, failed, timeline)
-        self.stage = DeviceStage(device, self, loop, timeline)
+        self.stage = DeviceStage(device, self, loop, timeline, flops_of)
         self.sink: Sink | None = None
         self._lanes: set[Lane] = set()
         self._closing: set[Lane] = set()
@@ -101,6 +102,8 @@ class Pipeline:
         self.commit_due = asyncio.Event()  # half of what may be uncommitted is
         self._seconds_per_document = 0.0
         self.unprepared = 0  # admitted records that the worker threads have not prepared yet
+        self.finishing = 0  # pieces whose rows the worker threads have not finished yet
+        self.prepared_tokens = 0
 
     # ---- credit and admission (called by the source)
 
@@ -123,6 +126,7 @@ class Pipeline:
 
     def admit(self, lane: Lane, records: Sequence[Any]) -> None:
         """Give each record a slot and send chunks of them to be prepared."""
+        now = time.monotonic()
         chunk: list[Slot] = []
         size = total = 0
         for record in records:
@@ -130,12 +134,12 @@ class Pipeline:
             total += weight
             slot = lane.admit(record, weight)
             if chunk and (len(chunk) == CHUNK_RECORDS or size + weight > CHUNK_BYTES):
-                self.workers.submit(PREPARE, self._prepare, chunk, self._prepared)
+                self.workers.submit(PREPARE, self._prepare, (now, chunk), self._prepared)
                 chunk, size = [], 0
             chunk.append(slot)
             size += weight
         if chunk:
-            self.workers.submit(PREPARE, self._prepare, chunk, self._prepared)
+            self.workers.submit(PREPARE, self._prepare, (now, chunk), self._prepared)
         self.credit.take(lane, total, len(records))
         self.unprepared += len(records)
         self._metrics.records_consumed(lane.topic, len(records))
@@ -144,11 +148,14 @@ class Pipeline:
 
     # ---- prepare
 
-    def _prepare(self, chunk: list[Slot]) -> tuple[list[Slot], list[Item], list[tuple[Slot, Outgoing]]]:
+    def _prepare(
+        self, admitted: tuple[float, list[Slot]]
+    ) -> tuple[list[Slot], list[Item], list[tuple[Slot, Outgoing]]]:
         """In a worker thread: decode and tokenise; what cannot be becomes a dead letter.
 
-        Gives the chunk back, with what goes to the device and what does not.
+        From when a chunk was admitted, and the chunk; gives it back, with what goes to the device and what does not.
         """
+        admitted_at, chunk = admitted
         items: list[Item] = []
         answers: list[tuple[Slot, Outgoing]] = []
         slots: list[Slot] = []
@@ -170,11 +177,11 @@ class Pipeline:
                 continue
             slot.prepared = prepared
             if len(prepared.chunks) == 1:
-                items.append(Item(slot, 0, prepared.lengths[0], now, prepared.chunks[0]))
+                items.append(Item(slot, 0, prepared.lengths[0], now, prepared.chunks[0], admitted_at))
                 continue
             slot.rows = [None] * len(prepared.chunks)
             for index, (piece, length) in enumerate(zip(prepared.chunks, prepared.lengths, strict=True)):
-                items.append(Item(slot, index, length, now, piece))
+                items.append(Item(slot, index, length, now, piece, admitted_at))
         return chunk, items, answers
 
     def _decode(self, record: Record) -> Document | Rejected | Outgoing:
@@ -213,6 +220,7 @@ class Pipeline:
             tokens += slot.tokens
             count += 1
         if count:
+            self.prepared_tokens += tokens
             if count + len(rejected) < len(chunk):  # some were dropped meanwhile
                 items = [item for item in items if item.owner.state != DROPPED]
             self.window.add(*items)
@@ -259,6 +267,7 @@ class Pipeline:
             self._failed(error)
 
     def batch_done(self, items: Sequence[Item], rows: np.ndarray) -> None:
+        self.finishing += len(items)
         self.workers.submit(FINISH, self._finish, (items, rows), self._batch_finished)
         if self.stage.items:
             spent = self.stage.occupied_s / self.stage.lanes / self.stage.items
@@ -312,8 +321,11 @@ class Pipeline:
 
     def _finish(
         self, batch: tuple[Sequence[Item], np.ndarray]
-    ) -> tuple[list[tuple[Slot, Outgoing]], list[tuple[Item, np.ndarray]]]:
-        """In a worker thread: from rows to serialised results; rows of chunked documents come back as they are."""
+    ) -> tuple[int, list[tuple[Slot, Outgoing]], list[tuple[Item, np.ndarray]]]:
+        """In a worker thread: from rows to serialised results; rows of chunked documents come back as they are.
+
+        Gives how many pieces the batch had as well.
+        """
         items, rows = batch
         finite = bool(np.isfinite(rows).all())
         answers: list[tuple[Slot, Outgoing]] = []
@@ -326,12 +338,13 @@ class Pipeline:
                 answers.append((slot, self._finish_one(slot, rows[n : n + 1], finite)))
             else:
                 parts.append((item, rows[n].copy()))  # not a view: it must not keep the batch alive
-        return answers, parts
+        return len(items), answers, parts
 
     def _batch_finished(
-        self, answer: tuple[list[tuple[Slot, Outgoing]], list[tuple[Item, np.ndarray]]]
+        self, answer: tuple[int, list[tuple[Slot, Outgoing]], list[tuple[Item, np.ndarray]]]
     ) -> None:
-        answers, parts = answer
+        pieces, answers, parts = answer
+        self.finishing -= pieces
         for item, row in parts:
             slot: Slot = item.owner
             if slot.state != ADMITTED:
@@ -516,6 +529,35 @@ class Pipeline:
     def blocked_documents(self) -> int:
         """Documents that are completed but wait behind their lane's head."""
         return sum(lane.blocked for lane in self._lanes)
+
+    @property
+    def waiting(self) -> dict[str, int]:
+        """How many documents (or pieces of them) wait for each stage or are in it, in the order of the flow.
+
+        Those that are done and wait for an older one are with none: it is the older one that waits.
+        """
+        share = self._uncommitted_share
+        publish = commit = 0
+        for lane, committed in self._committed.items():
+            publish += lane.unsettled
+            if lane.settled - committed >= share:
+                commit += len(lane) - lane.in_flight - lane.unsettled - lane.blocked
+        return {
+            "prepare": self.unprepared,
+            "device": len(self.window) + self.stage.pieces,
+            "finish": self.finishing,
+            "publish": publish,
+            "commit": commit,
+        }
+
+    @property
+    def uncommitted(self) -> int:
+        """Documents that are acknowledged and not yet covered by a commit."""
+        return sum(lane.settled - committed for lane, committed in self._committed.items())
+
+    @property
+    def max_uncommitted(self) -> int:
+        return self._max_uncommitted
 
     @property
     def in_flight(self) -> int:

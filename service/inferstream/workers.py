@@ -41,6 +41,7 @@ class Workers:
             tuple[int, int, Callable[[Any], Any] | None, Any, Callable[[Any], None] | None]
         ] = PriorityQueue()
         self.cpu_s = [0.0, 0.0]  # CPU seconds spent in FINISH and in PREPARE
+        self._counting = threading.Lock()
         self._threads = [
             threading.Thread(target=self._run, name=f"worker-{n}", daemon=True) for n in range(threads)
         ]
@@ -80,7 +81,9 @@ class Workers:
             except BaseException as error:  # SystemExit would end the process with its own exit code
                 self._call(self._failed, RuntimeError(f"a worker thread was told to exit: {error!r}"))
                 continue
-            self.cpu_s[priority] += time.thread_time() - cpu
+            spent_s = time.thread_time() - cpu
+            with self._counting:
+                self.cpu_s[priority] += spent_s
             self._timeline.span(track, STAGES[priority], started, time.monotonic())
             self._call(self._deliver, (done, result))
             del argument, result  # nothing of a chunk outlives it here

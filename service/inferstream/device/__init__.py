@@ -13,7 +13,7 @@ class Span(NamedTuple):
     """One step of a batch on ``track`` (a compute thread, a stream), in monotonic seconds."""
 
     track: str
-    step: Literal["h2d", "compute", "d2h"]
+    step: Literal["launch", "h2d", "compute", "d2h"]
     start: float
     end: float
 
@@ -22,8 +22,9 @@ class Span(NamedTuple):
 class Flight:
     """A batch that has ended: its rows (shape [items, width], float32) or the error it raised.
 
-    ``busy_s`` is the time the device computed for it, in seconds, and ``idle_s`` how long the device had stood idle
-    when it began (0.0 where nobody knows).  ``spans`` are its steps, as far as they are measured.
+    ``busy_s`` is the time the device computed for it, in seconds, ``idle_s`` how long its lane of the device had stood
+    idle when it began, and ``stalled_s`` how long it had begun and could not compute (both 0.0 where nobody knows).
+    ``spans`` are its steps, as far as they are measured.
     """
 
     slot: int
@@ -31,6 +32,7 @@ class Flight:
     error: BaseException | None
     busy_s: float
     idle_s: float = 0.0
+    stalled_s: float = 0.0
     spans: tuple[Span, ...] = ()
 
     @property

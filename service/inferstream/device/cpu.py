@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -27,16 +27,26 @@ class CpuDevice:
     """``threads`` compute threads over one runner, behind :class:`inferstream.device.Device`.
 
     ``Flight.busy_s`` is CPU time of the compute thread: while the system runs something else on its core the
-    model does not compute, whatever a clock on the wall says.
+    model does not compute, whatever a clock on the wall says.  A runner that computes elsewhere brings the ``clock`` of
+    that, in seconds, read in the compute thread; ``max_tokens`` as a device's.
     """
 
-    def __init__(self, runner: Runner, threads: int, name: str = "cpu") -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        threads: int,
+        name: str = "cpu",
+        *,
+        clock: Callable[[], float] = time.thread_time,
+        max_tokens: int | None = None,
+    ) -> None:
         self.name = name
         self.lanes = threads
         self.slots = threads + STAGED
         self.padded = runner.padded
-        self.max_tokens: int | None = None
+        self.max_tokens = max_tokens
         self._runner = runner
+        self._clock = clock
         self._work: SimpleQueue[tuple[int, Sequence[Any]] | None] = SimpleQueue()
         self._flights: SimpleQueue[Flight | None] = SimpleQueue()
         self._closed = threading.Lock()
@@ -68,20 +78,24 @@ class CpuDevice:
     def _compute(self) -> None:
         track = threading.current_thread().name
         broken: BaseException | None = None
+        ended: float | None = None
         try:
             self._runner.enter_thread()
         except BaseException as error:  # a thread that died here would keep its batches for ever
             broken = error
         while (work := self._work.get()) is not None:
             slot, items = work
-            started, cpu = time.monotonic(), time.thread_time()
+            started, before = time.monotonic(), self._clock()
             rows, failure = None, broken
             if failure is None:
                 try:
                     rows = self._runner.run(items)
                 except BaseException as error:
                     failure = error
-            busy_s = time.thread_time() - cpu
-            span = Span(track, "compute", started, time.monotonic())
-            self._flights.put(Flight(slot, rows, failure, busy_s, spans=(span,)))
+            busy_s = self._clock() - before
+            idle_s = 0.0 if ended is None else started - ended
+            ended = time.monotonic()
+            stalled_s = max(0.0, ended - started - busy_s)
+            span = Span(track, "compute", started, ended)
+            self._flights.put(Flight(slot, rows, failure, busy_s, idle_s, stalled_s, (span,)))
             del work, items, rows, failure  # nothing of a batch outlives it here

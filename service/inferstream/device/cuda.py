@@ -79,6 +79,7 @@ class Launched:
     slot: int
     count: int
     marks: Marks | None = None
+    queued: tuple[float, float] = (0.0, 0.0)  # from when to when the host was at it
     end: Event | None = None
     error: BaseException | None = None
 
@@ -138,14 +139,14 @@ class CudaDevice:
             self.max_tokens = min(max_tokens, self._measure(max_tokens, max_items, max_length))
             self.tokens_per_s = self._rate(min(max_items, self.max_tokens // max_length), max_length)
         except (RuntimeError, OutOfMemory) as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise SettingsError(
                     f"model.max_length: a document of {max_length} tokens does not fit the memory of {self.name} "
-                    f"beside the model ({_one_line(error)}); lower it or batch.max_tokens, or free the GPU's memory"
+                    f"beside the model ({first_line(error)}); lower it or batch.max_tokens, or free the GPU's memory"
                 ) from error
             if not isinstance(error, torch.AcceleratorError):
                 raise
-            raise DeviceFailed(f"{self.name} failed while it was warmed up: {_one_line(error)}") from error
+            raise DeviceFailed(f"{self.name} failed while it was warmed up: {first_line(error)}") from error
         if self.max_tokens < max_tokens:
             log.warning(
                 "the GPU's memory holds smaller batches than asked for",
@@ -168,11 +169,13 @@ class CudaDevice:
         """Queue the batch; what it raises is in ``batch.error``, what the GPU died of in ``_dead``."""
         try:
             self._streams.enter_thread()
+            started = time.monotonic()
             self._queue(batch, items)
+            batch.queued = started, time.monotonic()
             return
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # they hold the tensors of the forward that failed
-            batch.error = OutOfMemory(_one_line(error)) if _is_out_of_memory(error) else error
+            batch.error = OutOfMemory(first_line(error)) if is_out_of_memory(error) else error
         try:
             # Whatever part of the batch was queued still uses the slot.
             streams = self._streams
@@ -241,6 +244,7 @@ class CudaDevice:
                     return self._landed(batch, batch.marks)
             except BaseException as error:  # a batch's own errors were raised when it was launched
                 self._die(error)
+        self._previous = None  # what a batch that failed took of the stream is nobody's idle time
         return Flight(batch.slot, None, self._dead or batch.error, 0.0)
 
     def _landed(self, batch: Launched, marks: Marks) -> Flight:
@@ -249,13 +253,13 @@ class CudaDevice:
         before = self._previous.marks if self._previous is not None else None
         idle_s = 0.0 if before is None else marks.began.after(before.computed)
         self._previous = batch
-        spans = self._clock.spans(marks, now)
-        return Flight(batch.slot, rows, None, marks.computed.after(marks.began), idle_s, spans)
+        spans = (Span("launcher thread", "launch", *batch.queued), *self._clock.spans(marks, now))
+        return Flight(batch.slot, rows, None, marks.computed.after(marks.began), idle_s, spans=spans)
 
     def _die(self, error: BaseException) -> None:
         """An error that the GPU keeps giving, whatever is asked of it: only a new process gets a new context."""
         if self._dead is None:
-            self._dead = DeviceFailed(f"{self.name} failed for good: {_one_line(error)}")
+            self._dead = DeviceFailed(f"{self.name} failed for good: {first_line(error)}")
 
     # ---- start and end
 
@@ -263,9 +267,18 @@ class CudaDevice:
         self._streams.enter_thread()
 
     def run(self, items: Sequence[Any]) -> np.ndarray:
-        rows = self._alone(items).rows
-        assert rows is not None
-        return rows
+        """In batches within ``max_tokens``, as the stage would send them."""
+        rows: list[np.ndarray] = []
+        batch: list[Any] = []
+        longest = total = 0
+        for item in items:
+            length = len(item)
+            longest, total = max(longest, length), total + length
+            if batch and ((len(batch) + 1) * longest if self.padded else total) > self.max_tokens:
+                rows.append(self._rows(batch))
+                batch, longest, total = [], length, length
+            batch.append(item)
+        return np.concatenate([*rows, self._rows(batch)])
 
     def close(self) -> None:
         """Batches launched before this still end, and :meth:`wait` gives them before None.
@@ -276,9 +289,20 @@ class CudaDevice:
 
     def _measure(self, max_tokens: int, max_items: int, max_length: int) -> int:
         """How many tokens fit the memory, from a batch of the longest pieces, whose bytes per token are the most."""
-        forward, streams = self._forward, self._streams
         tokens = min(max_tokens, PROBE_TOKENS)
         count = min(max_items, max(1, tokens // max_length))
+        while True:
+            try:
+                return self._probe(count, max_length)
+            except (RuntimeError, OutOfMemory) as error:
+                if count == 1 or not is_out_of_memory(error):
+                    raise
+                traceback.clear_frames(error.__traceback__)
+            self._streams.give_back_memory()
+            count //= 2
+
+    def _probe(self, count: int, max_length: int) -> int:
+        forward, streams = self._forward, self._streams
         items = [np.zeros(max_length, dtype=np.int32)] * count
         shape = forward.shape([max_length] * count)
         room = self._slots[0]
@@ -303,10 +327,25 @@ class CudaDevice:
         return max(fitting, max_length)
 
     def _rate(self, count: int, length: int) -> float:
-        """Tokens per second of a batch of ``count`` pieces, all the way to the GPU and back; the first warms it up."""
-        items = [np.zeros(length, dtype=np.int32)] * count
-        self._alone(items)
-        return count * length / max(self._alone(items).busy_s, 1e-9)
+        """Tokens per second of a batch of ``count`` pieces, all the way to the GPU and back; the first warms it up.
+
+        If such a batch does not fit, because memory was estimated from a smaller one, ``max_tokens`` is lowered.
+        """
+        while True:
+            items = [np.zeros(length, dtype=np.int32)] * count
+            try:
+                self._alone(items)
+                return count * length / max(self._alone(items).busy_s, 1e-9)
+            except OutOfMemory:
+                if count == 1:
+                    raise
+            count //= 2
+            self.max_tokens = count * length
+
+    def _rows(self, items: Sequence[Any]) -> np.ndarray:
+        rows = self._alone(items).rows
+        assert rows is not None
+        return rows
 
     def _alone(self, items: Sequence[Any]) -> Flight:
         """One batch to the GPU and back, in the calling thread; only while nothing else is launched."""
@@ -357,14 +396,14 @@ class Clock:
         )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """The allocator has a type for it; the libraries below it have only words."""
     if isinstance(error, torch.OutOfMemoryError | OutOfMemory):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
-def _one_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of what torch says, which adds pages of advice."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from inferstream.device.peaks import Peak, peak_of
 from inferstream.errors import SettingsError
 
 GIB = 1 << 30
@@ -59,19 +60,36 @@ def dtype_on(wanted: str, index: int) -> str:
     )
 
 
-def check_weights(model: Any, index: int) -> None:
-    """Refuse a model (a torch module, still in host memory) whose weights do not fit the GPU's free memory."""
+def peak_on(index: int, dtype: str) -> Peak | None:
+    """What the GPU can do in ``dtype`` by its data sheet; None where it is not known."""
     import torch
 
+    return peak_of(torch.cuda.get_device_name(index), dtype)
+
+
+def weights_bytes(model: Any) -> int:
+    """What the weights and buffers of a torch module take."""
     tensors = (*model.parameters(), *model.buffers())
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def gpus_for(model: Any, index: int, *, any_gpus: bool) -> dict[int, int]:
+    """The GPUs that a model (a torch module, still in host memory) runs on, with their free bytes.
+
+    The one of ``index``, or all that the process sees if it is too small for the weights and ``any_gpus``: nobody asked
+    for that one.  Raises SettingsError if it is too small and there is no other way.
+    """
+    import torch
+
+    weights = weights_bytes(model)
     free, total = torch.cuda.mem_get_info(index)
     if weights <= free:
-        return
-    others = torch.cuda.device_count() > 1
+        return {index: free}
+    count = torch.cuda.device_count()
+    if any_gpus and count > 1:
+        return {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in range(count)}
+    others = " or another one, or set model.device to auto to spread the model over all" if count > 1 else ""
     raise SettingsError(
         f"model.id: its weights are {weights / GIB:.1f} GiB, and cuda:{index} has {free / GIB:.1f} of "
-        f"{total / GIB:.1f} GiB free; free its memory, take a larger GPU"
-        + (" or another one (model.device: cuda:1)" if others else "")
-        + " or a smaller model.dtype: a model spread over several GPUs is not in this version"
+        f"{total / GIB:.1f} GiB free; free its memory, take a larger GPU{others} or a smaller model.dtype"
     )

@@ -126,26 +126,46 @@ class Graphs:
         rows.copy_(self._outbox[: len(rows)])
 
     def _record(self, planned: Iterable[Shape]) -> None:
-        """All of them, each checked against the eager forward; at the first that cannot be had, none."""
+        """Up to the first that cannot be recorded, each checked against the eager forward; none if one differs.
+
+        They share memory, so those before one that failed are checked once more.
+        """
         random = np.random.default_rng(0)
+        why: dict[str, object] | None = None
         try:
             for capacity in planned:
-                self._capture(capacity, random)
-                alike = self._check(capacity, random)
-                if not alike >= SAME_COSINE:
-                    raise ArithmeticError(f"its rows differ from the eager ones: cosine {alike:.4f}")
+                try:
+                    self._capture(capacity, random)
+                except Exception as error:  # the larger ones would fail as well, out of memory most often
+                    why = {"capacity": str(capacity), "why": f"{type(error).__name__}: {str(error)[:200]}"}
+                    self._graphs.pop(capacity, None)
+                    self._streams.settle()
+                    self._streams.give_back_memory()
+                    break
+                self._must_agree(capacity, random)
                 self.shapes.append(capacity)
+            if why is not None:
+                for capacity in self.shapes:
+                    self._must_agree(capacity, random)
         except Exception as error:
+            why = {"capacity": str(capacity), "why": f"{type(error).__name__}: {str(error)[:200]}"}
             self._graphs.clear()
             self.shapes.clear()
-            log.warning(
-                "no CUDA graphs: small batches are launched kernel by kernel, which is slower",
-                extra={"capacity": str(capacity), "why": f"{type(error).__name__}: {str(error)[:200]}"},
-            )
-        else:
-            log.info("CUDA graphs recorded", extra={"graphs": len(self.shapes)})
         finally:
             self._streams.settle()
+        if why is None:
+            log.info("CUDA graphs recorded", extra={"graphs": len(self.shapes)})
+        elif self.shapes:
+            log.warning("fewer CUDA graphs than planned", extra={"graphs": len(self.shapes), **why})
+        else:
+            log.warning(
+                "no CUDA graphs: small batches are launched kernel by kernel, which is slower", extra=why
+            )
+
+    def _must_agree(self, capacity: Shape, random: np.random.Generator) -> None:
+        alike = self._check(capacity, random)
+        if not alike >= SAME_COSINE:
+            raise ArithmeticError(f"its rows differ from the eager ones: cosine {alike:.4f}")
 
     def _capture(self, capacity: Shape, random: np.random.Generator) -> None:
         count, forward = capacity.count, self._forward

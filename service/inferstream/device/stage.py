@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -25,8 +26,11 @@ import numpy as np
 
 from inferstream.batching import Item
 from inferstream.device import Device, Flight
+from inferstream.device.usage import Usage
 from inferstream.errors import DeviceFailed, OutOfMemory
 from inferstream.telemetry.timeline import Timeline
+
+READY_AT = attrgetter("ready_at")
 
 
 class Outcomes(Protocol):
@@ -48,27 +52,36 @@ class _Running:
     items: list[Item]
     number: int  # of the batch, in the order of launching
     since: float
+    oldest: Item
 
 
 class DeviceStage:
     """Keeps every staging slot of one device filled; all methods belong to the event loop.
 
-    ``busy_s`` is the device's busy time in seconds, summed over its lanes, and ``occupied_s`` how long batches
-    kept them; ``tokens`` and ``items`` are what it computed.
+    ``usage`` is where the device's time went; ``occupied_s`` is how long batches kept its lanes, in seconds, summed
+    over them.  ``tokens`` and ``items`` are what it computed, and ``flops`` what that takes a model of which
+    ``flops_of`` knows the floating-point operations for a piece of so many tokens.
     """
 
     def __init__(
-        self, device: Device, outcomes: Outcomes, loop: asyncio.AbstractEventLoop, timeline: Timeline
+        self,
+        device: Device,
+        outcomes: Outcomes,
+        loop: asyncio.AbstractEventLoop,
+        timeline: Timeline,
+        flops_of: Callable[[int], float] | None = None,
     ) -> None:
         self._device = device
         self._outcomes = outcomes
         self._loop = loop
         self._timeline = timeline
+        self._flops_of = flops_of
         self._free = list(range(device.slots))
         self._running: dict[int, _Running] = {}
         self._again: deque[list[Item]] = deque()  # halves of failed batches; they go before new ones
         self._launches: SimpleQueue[tuple[int, list[Item]] | None] = SimpleQueue()
-        self.busy_s = self.occupied_s = 0.0
+        self.usage = Usage()
+        self.occupied_s = self.flops = 0.0
         self._launched = 0
         self.tokens = 0
         self.items = 0
@@ -87,6 +100,15 @@ class DeviceStage:
     @property
     def fill_ratio(self) -> float:
         return len(self._running) / self._device.slots
+
+    @property
+    def busy_s(self) -> float:
+        return self.usage.busy_s
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces are on the device or staged for it."""
+        return sum(len(running.items) for running in self._running.values())
 
     @property
     def lanes(self) -> int:
@@ -113,9 +135,9 @@ class DeviceStage:
         """Hand a batch to the launcher; needs a free slot."""
         slot = self._free.pop()
         now = time.monotonic()
-        self._running[slot] = _Running(items, self._launched, now)
-        oldest = min(item.ready_at for item in items)
-        self._timeline.span("window", "wait", oldest, now, batch=self._launched)
+        oldest = min(items, key=READY_AT)
+        self._running[slot] = _Running(items, self._launched, now, oldest)
+        self._timeline.span("window", "wait", oldest.ready_at, now, batch=self._launched)
         self._launched += 1
         self._launches.put((slot, items))
 
@@ -162,15 +184,19 @@ class DeviceStage:
         batch = self._running.pop(flight.slot)
         items = batch.items
         self._free.append(flight.slot)
-        self.busy_s += flight.busy_s
+        ready_at, admitted_at = batch.oldest.ready_at, batch.oldest.admitted_at
+        self.usage.add(flight, ready_at if admitted_at is None else admitted_at, ready_at, batch.since)
         self.occupied_s += flight.occupied_s
-        tokens = sum(item.length for item in items)
+        lengths = [item.length for item in items]
+        tokens = sum(lengths)
         for span in flight.spans:
             self._timeline.span(*span, batch=batch.number, documents=len(items), tokens=tokens)
         if flight.error is None and flight.rows is not None and len(flight.rows) == len(items):
             self.batches += 1
             self.items += len(items)
             self.tokens += tokens
+            if self._flops_of is not None:
+                self.flops += sum(map(self._flops_of, lengths))
             self._outcomes.batch_done(items, flight.rows)
         elif isinstance(flight.error, DeviceFailed):
             self._outcomes.device_failed(flight.error)

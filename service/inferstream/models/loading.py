@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from inferstream.device import Device, Runner
 from inferstream.device.cpu import CpuDevice
-from inferstream.device.gpus import check_weights, dtype_on, gpu_of
+from inferstream.device.gpus import dtype_on, gpu_of, gpus_for, peak_on
 from inferstream.errors import ModelError, SettingsError
 from inferstream.models.cpu_dtype import cpu_dtype, warn_if_slower_than_float32
 from inferstream.models.files import locate, one_line, read_json, transformer_folder
@@ -32,7 +32,9 @@ from inferstream.tasks.hash import HashRunner, HashTask
 
 if TYPE_CHECKING:
     from inferstream.device.forward import Forward
+    from inferstream.device.peaks import Peak
     from inferstream.models.encoder import Encoder
+    from inferstream.models.flops import Flops
     from inferstream.models.pooling import Head
     from inferstream.models.tokenizer import TextTokenizer
 
@@ -54,7 +56,10 @@ NO_LIMIT = 8192  # tokens; for the few models whose files name none
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A warm model: ``max_length`` in tokens, ``dimensions`` of a vector, ``costs`` of a sample document."""
+    """A warm model: ``max_length`` in tokens, ``dimensions`` of a vector, ``costs`` of a sample document.
+
+    ``flops`` are the model's operations and ``peak`` what the device can do, None where nobody knows.
+    """
 
     task: Task
     device: Device
@@ -62,6 +67,8 @@ class Loaded:
     max_length: int
     dimensions: int
     costs: Costs
+    flops: Flops | None = None
+    peak: Peak | None = None
 
     @property
     def execution(self) -> str:
@@ -105,7 +112,8 @@ def _load_encoder(settings: Settings, encode_embedding: EncodeEmbedding) -> Load
             encoder = transformer.on_cpu(type_ids=tokenizer.type_ids)
             width = encoder.width
         else:
-            forward = transformer.on_gpu(gpu, type_ids=tokenizer.type_ids)
+            free = gpus_for(transformer.model, gpu, any_gpus="model.device" in settings.derived)
+            forward = transformer.on_gpus(free, type_ids=tokenizer.type_ids)
             width = forward.width
     except SettingsError:
         raise
@@ -132,13 +140,18 @@ def _load_encoder(settings: Settings, encode_embedding: EncodeEmbedding) -> Load
         prompt=sentence.prompt,
         normalizes=transformer.head.normalizes,
     )
+    peak = None
     if gpu is None:
         costs = warm_up(task, encoder)
         device = _cpu_device(settings, encoder, costs)
     else:
-        device, costs = _cuda_device(settings, task, forward, gpu, max_length, ids)
+        if len(free) > 1:
+            device, costs = _spread_device(settings, task, forward, transformer.model, max_length)
+        else:
+            device, costs = _cuda_device(settings, task, forward, gpu, max_length, ids)
+            peak = peak_on(gpu, dtype)
     _check_worst_batch(settings, costs, max_length, device.max_tokens)
-    return Loaded(task, device, info, max_length, width, costs)
+    return Loaded(task, device, info, max_length, width, costs, transformer.flops(), peak)
 
 
 def _cuda_device(
@@ -160,6 +173,22 @@ def _cuda_device(
     )
     # The CPU time of a batch is that of launching it; how fast the GPU is, its own events know.
     return device, replace(warm_up(task, device), tokens_per_s=device.tokens_per_s)
+
+
+def _spread_device(
+    settings: Settings, task: Task, forward: Forward, model: Any, max_length: int
+) -> tuple[Device, Costs]:
+    """As :func:`_cuda_device`, for a model that is spread over several GPUs."""
+    from inferstream.device.spread import SpreadRunner, spread_device
+
+    assert settings.batch.max_tokens  # resolved at start
+    indices = {parameter.device.index for parameter in model.parameters()}
+    gpus = sorted(index for index in indices if index is not None)
+    runner = SpreadRunner(forward, model.device, gpus)
+    name = "cuda:" + ",".join(map(str, gpus))
+    budget = settings.batch.max_tokens
+    device, tokens_per_s = spread_device(runner, name, max_tokens=budget, max_length=max_length)
+    return device, replace(warm_up(task, runner), tokens_per_s=tokens_per_s)
 
 
 def _cpu_device(settings: Settings, runner: Runner, costs: Costs) -> Device:
@@ -298,6 +327,11 @@ class Transformer:
     pad_id: int
     positions: int | None
 
+    def flops(self) -> Flops | None:
+        from inferstream.models.flops import flops_of
+
+        return flops_of(self.model)
+
     def on_cpu(self, *, type_ids: bool) -> Encoder:
         """``type_ids``: the tokenizer gives token types."""
         import torch
@@ -308,15 +342,48 @@ class Transformer:
             warn_if_slower_than_float32(self.model)
         return cpu_encoder(self.model, self.head, pad_id=self.pad_id, type_ids=type_ids)
 
-    def on_gpu(self, index: int, *, type_ids: bool) -> Forward:
-        """Move the weights to the GPU.  Raises SettingsError if they do not fit."""
+    def on_gpus(self, free: Mapping[int, int], *, type_ids: bool) -> Forward:
+        """Move the weights to the one GPU, or spread them over several, by the bytes ``free`` on each.
+
+        Raises SettingsError if they cannot be spread, ModelError if the model then gives other vectors.
+        """
         import torch
 
         from inferstream.models.execution import best_forward
 
-        check_weights(self.model, index)
+        if len(free) > 1:
+            return self._spread(free, type_ids=type_ids)
+        [index] = free
         self.model.to(torch.device("cuda", index))
         return best_forward(self.model, self.head, pad_id=self.pad_id, type_ids=type_ids)
+
+    def _spread(self, free: Mapping[int, int], *, type_ids: bool) -> Forward:
+        """The forward of the model as accelerate dispatches it: padded, with the mask that any model takes.
+
+        What packing and the faster masks hand to the layers, accelerate's hooks would not move to the layers' GPUs.
+        """
+        from inferstream.device.spread import SAME_COSINE, SpreadRunner, dispatch, plan
+        from inferstream.models.padded import Mask, PaddedForward
+
+        def run() -> tuple[Forward, np.ndarray]:
+            device = self.model.device
+            head = self.head.to(device)
+            forward = PaddedForward(self.model, head, pad_id=self.pad_id, type_ids=type_ids, mask=Mask.FLAT)
+            ids = np.arange(1, 9, dtype=np.int32) % self.model.get_input_embeddings().weight.shape[0]
+            [row] = SpreadRunner(forward, device, ()).run([ids])
+            return forward, row / np.linalg.norm(row)
+
+        parts = plan(self.model, free)
+        _, expected = run()
+        dispatch(self.model, parts)
+        forward, row = run()  # the first batch also completes what accelerate left undone
+        if not row @ expected >= SAME_COSINE:
+            raise ModelError(
+                f"spread over {len(free)} GPUs it gives another vector than in host memory "
+                f"(cosine {row @ expected:.3f})"
+            )
+        log.warning("the model is spread over several GPUs: documents run padded, one batch after the other")
+        return forward
 
 
 def load_transformer(sentence: SentenceFiles, dtype: str, ids: int) -> Transformer:

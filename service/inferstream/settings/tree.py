@@ -328,7 +328,8 @@ class Model(Section):
 
     ``auto`` takes the first GPU if there is an NVIDIA driver and torch can use it.  A GPU that is asked for and
     cannot be had is refused at start (exit 2).  One worker uses one GPU: to use several, run a worker for each, with
-    ``cuda:N`` or CUDA_VISIBLE_DEVICES.  See docs/gpu.md."""
+    ``cuda:N`` or CUDA_VISIBLE_DEVICES.  Only a model whose weights the first GPU cannot hold is spread by ``auto`` over
+    all of them, which needs ``inferstream[accelerate]`` and keeps one GPU busy at a time.  See docs/gpu.md."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The numbers that the model computes with.  ``auto`` is float32 on the CPU, and on a GPU bfloat16 where it

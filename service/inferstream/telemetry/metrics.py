@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,8 +136,7 @@ class Metrics:
         self._callbacks: list[Callable[[], None]] = []
         self._scraping = threading.Lock()
         self._lagging: set[tuple[str, int]] = set()  # the partitions whose lag is shown
-        self._busy_s = 0.0
-        self._busy_read_at = time.monotonic()
+        self._totals: dict[Counter, float] = {}  # as last read
 
         self._consumed = self._counter("records_consumed_total", "Records read from the input.", "topic")
         self._produced = self._counter("results_produced_total", "Results acknowledged by the output topic.")
@@ -166,12 +164,28 @@ class Metrics:
             "How full a stage is: 1 before the stage that holds the others back, near 0 behind it.",
             "stage",
         )
+        self.limiting_stage = self._gauge(
+            "limiting_stage",
+            "Share of the last 15 s in which the stage held the others back: input (all there is was read), poll (more "
+            "is there, and credit for it), else the stage with the most documents before it and in it.",
+            "stage",
+        )
         self._stage_seconds = self._distribution(
             "stage_seconds",
             "Time of one piece of work in a stage: a chunk of records prepared, a batch from its oldest document's "
             "waiting to its computing, finishing and publishing, a commit.",
             WORK_S,
             "stage",
+        )
+        self._prepare_tokens = self._counter(
+            "prepare_tokens_total", "Tokens of the documents that were prepared."
+        )
+        self._prepare_cpu = self._counter(
+            "prepare_cpu_seconds_total",
+            "CPU time of decoding and tokenising; prepare_tokens_total by it is tokens per second and core.",
+        )
+        self._finish_cpu = self._counter(
+            "finish_cpu_seconds_total", "CPU time of turning vectors into serialised results."
         )
         self.buffer_bytes = self._gauge(
             "buffer_bytes", "Bytes of the documents in flight, as credit counts them."
@@ -192,11 +206,33 @@ class Metrics:
         self._batches = self._counter("batches_total", "Batches formed, by what closed them.", "closed_by")
         self._device_busy = self._counter(
             "device_busy_seconds_total",
-            "Time the device computed, summed over what it computes side by side.",
+            "Time the device computed, summed over its lanes: time on the GPU's compute stream, or CPU time of the "
+            "compute threads.",
         )
+        self._device_idle = self._counter(
+            "device_idle_seconds_total",
+            "Time the device's lanes computed nothing although a document had been read, by what that waited for: "
+            "prepare, batch (lingering included), launch, core. Idle for want of input is in none of them.",
+            "waited_for",
+        )
+        self.device_lanes = self._gauge("device_lanes", "How many batches the device computes side by side.")
         self.device_idle_ratio = self._gauge(
             "device_idle_ratio",
-            "Share of the time since the last scrape in which the device computed nothing.",
+            "Of the last 15 s, without those idle for want of input, the share in which the device computed nothing; "
+            "NaN while there was nothing to compute.",
+        )
+        self.device_idle_ratio.set(math.nan)
+        self._flops = self._counter(
+            "model_flops_total",
+            "Floating-point operations of the model's matrix products for the tokens computed, padding not counted; 0 "
+            "where the model's shape does not tell.",
+        )
+        self._flops_utilisation = self._gauge(
+            "model_flops_utilisation",
+            "Of what the device can do at its peak, the share that model_flops_total took in the last 15 s, waiting "
+            "for input included; only where the peak is known.",
+            "device",
+            "dtype",
         )
         self._commits = self._counter("commits_total", "Offset commits, by how they ended.", "outcome")
         self.last_commit_timestamp_seconds = self._gauge(
@@ -263,14 +299,22 @@ class Metrics:
         self._batch_tokens.labels().observe(tokens)
         self._batch_padding.labels().observe(1 - tokens / max(1, cost))
 
-    def device_busy(self, total_s: float, lanes: int) -> None:
-        """Read the device's clock: ``total_s`` of computing so far, summed over ``lanes`` side by side."""
-        now = time.monotonic()
-        busy_s, elapsed_s = max(0.0, total_s - self._busy_s), now - self._busy_read_at
-        self._device_busy.inc(busy_s)
-        if elapsed_s > 0:
-            self.device_idle_ratio.set(min(1.0, max(0.0, 1 - busy_s / (elapsed_s * lanes))))
-        self._busy_s, self._busy_read_at = max(total_s, self._busy_s), now
+    def device(self, busy_s: float, idle_s: Mapping[str, float], flops: float) -> None:
+        """What the device did since the start: seconds over all its lanes, idle ones by what was waited for."""
+        self._raise(self._device_busy, busy_s)
+        for waited_for, seconds in idle_s.items():
+            self._raise(self._device_idle.labels(waited_for), seconds)
+        self._raise(self._flops, flops)
+
+    def flops_utilisation(self, device: str, dtype: str, share: float) -> None:
+        """Of the peak of ``device`` (its name) in ``dtype``."""
+        self._flops_utilisation.labels(device, dtype).set(share)
+
+    def workers(self, prepared_tokens: int, prepare_cpu_s: float, finish_cpu_s: float) -> None:
+        """What the worker threads did since the start."""
+        self._raise(self._prepare_tokens, prepared_tokens)
+        self._raise(self._prepare_cpu, prepare_cpu_s)
+        self._raise(self._finish_cpu, finish_cpu_s)
 
     def committed(self, outcome: str) -> None:
         """A commit ended: ``ok``, or why not (``failed``, ``refused``, ``epoch_ended``)."""
@@ -335,6 +379,11 @@ class Metrics:
         with self._scraping:
             self.refresh()
             return content_type, encode(self.registry)
+
+    def _raise(self, counter: Counter, total: float) -> None:
+        """Bring a counter to what was counted elsewhere."""
+        counter.inc(max(0.0, total - self._totals.get(counter, 0.0)))
+        self._totals[counter] = total
 
     # ---- building
 

@@ -24,7 +24,7 @@ from inferstream.errors import SettingsError
 
 log = logging.getLogger(__name__)
 
-Stage = Literal["prepare", "wait", "h2d", "compute", "d2h", "finish", "publish", "commit"]
+Stage = Literal["prepare", "wait", "launch", "h2d", "compute", "d2h", "finish", "publish", "commit"]
 
 MAX_SPANS = 1_000_000
 """What a trace holds at most: about 150 MB, some minutes of a fast worker or hours of a slow one."""

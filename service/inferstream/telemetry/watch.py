@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+from inferstream.device.peaks import Peak
 from inferstream.telemetry.health import Health
 from inferstream.telemetry.metrics import Metrics
+from inferstream.telemetry.recent import Growth, Limits
 from inferstream.version import version
+from inferstream.workers import FINISH, PREPARE
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +32,25 @@ class Watch:
         self._health = health
         self._metrics = metrics
         self._parts: tuple[Any, Any, Any] | None = None
+        self._peak: Peak | None = None
+        self._growth = Growth()
+        self._limits = Limits()
         others = {name: _version(name) for name in ("aiokafka", "torch", "transformers")}
         metrics.build(inferstream=version(), **others)
 
-    def follow(self, pipeline: Any, source: Any, sink: Any) -> None:
-        """From now on report on these: a Pipeline, a Source and a Sink."""
+    def follow(self, pipeline: Any, source: Any, sink: Any, peak: Peak | None = None) -> None:
+        """From now on report on these: a Pipeline, a Source and a Sink; ``peak`` is the device's, if it is known."""
         self._parts = (pipeline, source, sink)
-        self._metrics.buffer_limit_bytes.set(pipeline.credit.max_bytes)
-        self._metrics.observe(
-            lambda: self._metrics.device_busy(pipeline.stage.busy_s, max(1, pipeline.stage.lanes))
-        )
+        self._peak = peak
+        metrics, stage, workers = self._metrics, pipeline.stage, pipeline.workers
+        metrics.buffer_limit_bytes.set(pipeline.credit.max_bytes)
+        metrics.device_lanes.set(stage.lanes)
+
+        def count() -> None:
+            metrics.device(stage.usage.busy_s, stage.usage.idle_s, stage.flops)
+            metrics.workers(pipeline.prepared_tokens, workers.cpu_s[PREPARE], workers.cpu_s[FINISH])
+
+        metrics.observe(count)
 
     async def run(self) -> None:
         """Beat until cancelled."""
@@ -68,12 +81,33 @@ class Watch:
             "prepare": pipeline.unprepared / credit.max_documents,
             "window": min(1.0, pipeline.window.tokens / credit.max_tokens),
             "device": pipeline.stage.fill_ratio,
+            "finish": min(1.0, pipeline.finishing / credit.max_documents),
             "publish": sink.queued / credit.max_documents,
+            "commit": min(1.0, pipeline.uncommitted / pipeline.max_uncommitted),
         }
         for stage, ratio in fills.items():
             metrics.stage_fill_ratio.labels(stage).set(ratio)
-        metrics.lags(source.lags())
-        metrics.assigned_partitions.set(len(source.lanes))
+        lags, lanes = source.lags(), source.lanes
+        metrics.lags(lags)
+        metrics.assigned_partitions.set(len(lanes))
+        now = time.monotonic()
+        self._read_device(now, pipeline.stage)
+        unread = [lane for lane in lanes if lags.get((lane.topic, lane.partition), (0, 0))[0]]
+        self._limits.judge(now, map(credit.eligible, unread), pipeline.waiting)
+        for stage, share in self._limits.shares().items():
+            metrics.limiting_stage.labels(stage).set(share)
+
+    def _read_device(self, now: float, stage: Any) -> None:
+        """The gauges of the last seconds; a batch counts when it has ended."""
+        idle_s = sum(stage.usage.idle_s.values())
+        seconds, busy, idle, flops = self._growth.read(now, stage.usage.busy_s, idle_s, stage.flops)
+        if busy + idle > 0.0:
+            self._metrics.device_idle_ratio.set(idle / (busy + idle))
+        elif stage.idle:  # else a batch has been at it for longer
+            self._metrics.device_idle_ratio.set(math.nan)
+        if self._peak is not None and seconds > 0.0:
+            peak = self._peak
+            self._metrics.flops_utilisation(peak.device, peak.dtype, flops / (seconds * peak.flops))
 
     # ---- what the source tells
 

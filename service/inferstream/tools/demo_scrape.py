@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -23,9 +24,9 @@ class Reading:
     """What the demo shows of one scrape.
 
     ``fills`` (0 to 1) and ``seconds`` (worked so far) are by stage, in the worker's order; ``padding`` is the
-    mean share of padding in a batch and ``busy`` the device's share of the time since the scrape before, both
-    None while there is nothing to tell; ``busy_s`` adds up what the device computes side by side.  ``blocked``
-    documents are done and wait for an older one of their partition.
+    mean share of padding in a batch and ``busy`` the share in which the device computed of the recent time in which
+    it could, both None while there is nothing to tell; ``busy_s`` adds up what the device computes side by side.
+    ``blocked`` documents are done and wait for an older one of their partition.
     """
 
     fills: dict[str, float] = field(default_factory=dict)
@@ -50,12 +51,12 @@ def parse(text: str) -> Reading:
             elif not sample.labels:
                 plain[sample.name] = sample.value
     batches = plain.get(_PADDING_COUNT, 0.0)
-    # Before the first batch the device is idle because the model is still being loaded.
+    idle = plain.get(_IDLE, math.nan)
     return Reading(
         fills,
         seconds,
         plain[_PADDING_SUM] / batches if batches else None,
-        1 - plain[_IDLE] if batches and _IDLE in plain else None,
+        None if math.isnan(idle) else 1 - idle,
         plain.get(_BUSY, 0.0),
         plain.get(_BLOCKED, 0.0),
     )

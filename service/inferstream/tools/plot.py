@@ -14,6 +14,7 @@ from inferstream.errors import SettingsError
 
 COLOURS = {
     "prepare": "#4c78a8",
+    "launch": "#bab0ac",
     "h2d": "#72b7b2",
     "compute": "#54a24b",
     "d2h": "#eeca3b",
