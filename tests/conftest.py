@@ -28,7 +28,7 @@ from tests.support.broker import Broker, BrokerUnavailable, create_broker
 from tests.support.client import Kafka
 from tests.support.worker import Worker
 
-BROKER_FIXTURES = {"kafka", "own_broker"}
+BROKER_FIXTURES = {"kafka", "own_broker", "secure"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -200,7 +200,7 @@ def test_load_when_the_model_needs_its_own_code_refuses(copied: Path) -> None:
     edit(copied / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModel": "mine.M"})
     (copied / "mine.py").write_text("raise SystemExit('must not run')")
 
-    with pytest.raises(ModelError, match=r"model\.id .*could not be loaded") as caught:
+    with pytest.raises(ModelError, match=r"model\.id .*set model\.trust_remote_code=true") as caught:
         load(model_settings(id=str(copied)), as_is)
 
     assert "\n" not in str(caught.value)
@@ -296,3 +296,46 @@ def test_bfloat16_when_the_flags_lack_it_is_refused(tmp_path: Path) -> None:
 
     assert not cpu_has_bfloat16(tmp_path / "cpuinfo")
     assert not cpu_has_bfloat16(tmp_path / "none")
+
+
+# ---- code that comes with a model
+
+
+@pytest.fixture
+def with_code(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model, with classes of its own that leave a file behind when they are imported."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    config = json.loads((copied / "config.json").read_text())
+    config |= {
+        "model_type": "own-bert",
+        "auto_map": {"AutoConfig": "own_bert.OwnConfig", "AutoModel": "own_bert.OwnModel"},
+    }
+    (copied / "config.json").write_text(json.dumps(config))
+    (copied / "own_bert.py").write_text(
+        f"open({str(tmp_path / 'was-here')!r}, 'w').close()\n"
+        "from transformers import BertConfig, BertModel\n"
+        "class OwnConfig(BertConfig):\n    model_type = 'own-bert'\n"
+        "class OwnModel(BertModel):\n    config_class = OwnConfig\n"
+    )
+    return copied
+
+
+@pytest.mark.model
+def test_load_when_code_of_a_model_is_trusted_then_it_runs_and_the_log_warns(
+    with_code: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(model_settings(id=str(with_code), trust_remote_code=True), as_is).device.close()
+
+    assert (tmp_path / "was-here").exists()
+    assert "model.trust_remote_code is on" in caplog.text
+
+
+@pytest.mark.model
+def test_load_when_trusted_and_the_weights_are_a_pickle_then_they_are_still_refused(with_code: Path) -> None:
+    (with_code / "model.safetensors").rename(with_code / "pytorch_model.bin")
+
+    with pytest.raises(ModelError, match="can run code and are never loaded"):
+        load(model_settings(id=str(with_code), trust_remote_code=True), as_is)

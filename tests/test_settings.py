@@ -225,23 +225,58 @@ def test_guarantee_when_exactly_once_has_no_order_or_no_broker_for_it_then_all_i
     ]
 
 
+def secured(**security: object) -> dict[str, object]:
+    return {f"kafka__security__{name}": value for name, value in security.items()}
+
+
+LOGIN = {"mechanism": "SCRAM-SHA-512", "username": "alice", "password_file": "/run/secrets/password"}
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
+    "security",
     [
-        ("protocol", "SASL_SSL"),
-        ("protocol", "SSL"),
-        ("mechanism", "PLAIN"),
-        ("username", "me"),
-        ("password_file", "/run/secret"),
-        ("ca_file", "/ca.pem"),
-        ("key_password_file", "/k"),
+        {"protocol": "SSL"},
+        {"protocol": "SSL", "ca_file": "/ca"},
+        {"protocol": "SSL", "cert_file": "/c", "key_file": "/k", "key_password_file": "/p"},
+        {"protocol": "SASL_PLAINTEXT", **LOGIN},
+        {"protocol": "SASL_SSL", "ca_file": "/ca", "cert_file": "/c", "key_file": "/k", **LOGIN},
     ],
 )
-def test_security_when_it_is_set_then_it_is_refused_as_not_yet_there(name: str, value: str) -> None:
-    [line] = problems(**{f"kafka__security__{name}": value})
+def test_security_when_its_parts_fit_then_they_are_taken(security: dict[str, object]) -> None:
+    assert load(**secured(**security)).kafka.security.protocol == security["protocol"]
 
-    assert line.startswith(f"kafka.security.{name}: ")
-    assert "not yet in this version" in line
+
+@pytest.mark.parametrize(
+    ("security", "keys"),
+    [
+        ({"mechanism": "PLAIN"}, "mechanism protocol"),
+        ({"username": "me"}, "username protocol"),
+        ({"protocol": "SSL", "password_file": "/p"}, "password_file protocol"),
+        ({"ca_file": "/ca"}, "ca_file protocol"),
+        ({"protocol": "SASL_PLAINTEXT", **LOGIN, "ca_file": "/ca"}, "ca_file protocol"),
+        ({"protocol": "SSL", "cert_file": "/c"}, "cert_file key_file"),
+        ({"protocol": "SSL", "key_file": "/k"}, "key_file cert_file"),
+        ({"protocol": "SSL", "key_password_file": "/p"}, "key_password_file key_file"),
+        ({"protocol": "SASL_SSL", **LOGIN, "mechanism": None}, "protocol mechanism"),
+        ({"protocol": "SASL_SSL", **LOGIN, "username": None}, "protocol username"),
+        ({"protocol": "SASL_SSL", **LOGIN, "password_file": None}, "protocol password_file"),
+        ({"protocol": "SASL_SSL", **LOGIN, "mechanism": "OAUTHBEARER"}, "mechanism"),
+    ],
+)
+def test_security_when_its_parts_do_not_fit_then_one_line_names_them(
+    security: dict[str, object], keys: str
+) -> None:
+    [line] = problems(**secured(**security))
+
+    first, *others = keys.split()
+    assert line.startswith(f"kafka.security.{first}: ")
+    assert all(f"kafka.security.{other}" in line for other in others)
+
+
+def test_security_when_the_broker_is_embedded_then_it_is_refused() -> None:
+    [line] = problems(kafka__bootstrap_servers="embedded", **secured(protocol="SSL"))
+
+    assert "embedded broker speaks PLAINTEXT alone" in line
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA", "mps"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from inferstream.errors import SettingsError
-from inferstream.settings import SETTINGS, Loaded, load_settings, parse_flags, value_of
+from inferstream.settings import SETTINGS, Loaded, Settings, load_settings, parse_flags, value_of
 
 REQUIRED = {"kafka.bootstrap_servers": "broker:9092", "input.topics": "in", "output.topic": "out"}
 NO_IMAGE_FILE = Path("/nowhere/defaults.yaml")
@@ -431,10 +431,31 @@ def test_environment_when_a_variable_resembles_nothing_then_no_match_is_invented
 def test_secrets_when_the_environment_has_one_then_it_is_mapped_and_never_printed() -> None:
     [line] = problems(environ={"INFERSTREAM_KAFKA__SECURITY__PASSWORD": "hunter2"})
 
-    assert line.startswith("kafka.security.password: ")
-    assert "not yet in this version" in line
+    assert line.startswith("kafka.security.password: is for a protocol with SASL")
     assert "env INFERSTREAM_KAFKA__SECURITY__PASSWORD" in line
     assert "hunter2" not in line
+
+
+def test_secrets_when_there_are_two_then_neither_is_guessed_to_be_right() -> None:
+    environ = {
+        "INFERSTREAM_KAFKA__SECURITY__PROTOCOL": "SASL_SSL",
+        "INFERSTREAM_KAFKA__SECURITY__MECHANISM": "PLAIN",
+        "INFERSTREAM_KAFKA__SECURITY__USERNAME": "alice",
+        "INFERSTREAM_KAFKA__SECURITY__PASSWORD": "hunter2",
+        "INFERSTREAM_KAFKA__SECURITY__PASSWORD_FILE": "/run/secrets/password",
+    }
+
+    [line] = problems(environ=environ)
+
+    assert line.startswith("kafka.security.password: give one of the two")
+    assert "kafka.security.password_file" in line
+    assert "hunter2" not in line
+
+
+def test_secrets_when_settings_are_printed_in_any_way_then_they_are_starred() -> None:
+    settings = Settings.model_validate({"kafka": {"security": {"password": "hunter2"}}})
+
+    assert "hunter2" not in f"{settings} {settings!r} {settings.model_dump()} {settings.model_dump_json()}"
 
 
 def test_secrets_when_a_file_has_one_then_it_is_refused_and_not_printed(write: Write) -> None:
@@ -574,6 +595,8 @@ def test_every_setting_when_given_by_variable_or_flag_then_it_arrives_with_its_o
 
 def _sample(key: str) -> str:
     setting = SETTINGS[key]
+    if setting.type is bool:
+        return "true"
     if setting.type in (int, float):
         return str(setting.default or setting.bounds[0])
     return "/pointer" if key.endswith("_field") else "text"

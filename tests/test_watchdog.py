@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import KafkaConnectionError, SaslAuthenticationFailed
+from pydantic import SecretStr
 
 from inferstream import watchdog as module
-from inferstream.errors import NoProgress
+from inferstream.errors import KafkaRefused, NoProgress
+from inferstream.kafka import security as security_module
+from inferstream.kafka.security import credentials_of
 from inferstream.lanes import Lane
+from inferstream.settings.tree import Kafka, Security
 from inferstream.watchdog import Watchdog
 
 HANG_S = 120.0
@@ -35,6 +39,7 @@ class World:
     busy_since: float | None = None
     tasks: dict[str, Any] = field(default_factory=dict)
     producing: asyncio.Event = field(default_factory=asyncio.Event)
+    security: Security = field(default_factory=Security)
 
     async def end_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
         if not self.broker_answers:
@@ -62,7 +67,9 @@ class World:
             stage=SimpleNamespace(busy_since=lambda: self.busy_since),
             credit=SimpleNamespace(poll_limit=lambda lanes: (lanes if self.credit else [], self.credit)),
         )
-        settings: Any = SimpleNamespace(device=SimpleNamespace(hang_timeout_s=HANG_S))
+        settings: Any = SimpleNamespace(
+            device=SimpleNamespace(hang_timeout_s=HANG_S), kafka=Kafka(security=self.security)
+        )
         return Watchdog(settings, source, sink, pipeline)
 
 
@@ -150,6 +157,38 @@ async def test_watchdog_when_a_task_of_the_client_has_died_then_no_progress(worl
     async with asyncio.timeout(5):
         with pytest.raises(NoProgress, match="has died"):
             await world.watchdog().run()
+
+
+async def test_watchdog_when_brokers_have_refused_our_login_for_a_minute_then_kafka_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.security = Security(
+        protocol="SASL_SSL", mechanism="PLAIN", username="alice", password=SecretStr("hunter2")
+    )
+    monkeypatch.setattr(security_module, "time", SimpleNamespace(monotonic=lambda: world.now))
+    credentials = credentials_of(world.security)
+    watchdog = world.watchdog()
+    for _ in range(13):
+        watchdog._brokers_take_us()
+        credentials.refused("broker:9093", SaslAuthenticationFailed("Invalid username or password"))
+        world.now += 5
+    with pytest.raises(KafkaRefused, match=r"broker:9093.*alice.*wrong user or password") as caught:
+        watchdog._brokers_take_us()
+    assert "hunter2" not in str(caught.value)
+    credentials.accepted("broker:9093")
+    watchdog._brokers_take_us()
+
+
+async def test_watchdog_when_a_broker_refused_once_and_is_not_asked_again_then_it_waits(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.security = Security(protocol="SSL")
+    monkeypatch.setattr(security_module, "time", SimpleNamespace(monotonic=lambda: world.now))
+    watchdog = world.watchdog()
+    for _ in range(20):
+        credentials_of(world.security).refused("broker:9093", SaslAuthenticationFailed("no"))
+        world.now += 30
+        watchdog._brokers_take_us()
 
 
 async def test_watchdog_when_a_producer_is_being_replaced_then_its_dead_tasks_do_not_count(

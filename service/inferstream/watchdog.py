@@ -19,7 +19,9 @@ from collections.abc import Iterator
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from inferstream.errors import NoProgress
+from inferstream.errors import KafkaRefused, NoProgress
+from inferstream.kafka.handshake import refused_login
+from inferstream.kafka.security import credentials_of
 from inferstream.kafka.sink import Sink
 from inferstream.kafka.source import Source
 from inferstream.pipeline import Pipeline
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 CHECK_S = 5.0
 NO_PROGRESS_S = 60.0
+REFUSED_FOR_S = 60.0  # a password that is being changed may be refused for a while
 LOOP_BLOCKED_S = 90.0  # beyond the session timeout the group has gone on without us anyway
 
 
@@ -36,6 +39,7 @@ class Watchdog:
     """Raises NoProgress out of :meth:`run`; a blocked loop is ended by a thread."""
 
     def __init__(self, settings: Settings, source: Source, sink: Sink, pipeline: Pipeline) -> None:
+        self._kafka = settings.kafka
         self._hang_timeout_s = settings.device.hang_timeout_s
         self._source = source
         self._sink = sink
@@ -57,6 +61,7 @@ class Watchdog:
                         raise NoProgress(
                             f"the Kafka client's {name} task has died ({error!r}); restarting is the cure"
                         )
+                self._brokers_take_us()
                 self._device_moves()
                 await self._records_move()
                 await asyncio.sleep(CHECK_S)
@@ -79,6 +84,13 @@ class Watchdog:
             task = getattr(owner, attribute, None)
             if task is not None:
                 yield name, task
+
+    def _brokers_take_us(self) -> None:
+        """Connections that are refused are tried again, for ever, by a client that tells nobody."""
+        found = credentials_of(self._kafka.security).refused_for(REFUSED_FOR_S)
+        if found is not None:
+            host, error = found
+            raise KafkaRefused(f"for {REFUSED_FOR_S:.0f} s: {refused_login(self._kafka, host, error)}")
 
     def _device_moves(self) -> None:
         since = self._pipeline.stage.busy_since()

@@ -332,7 +332,7 @@ async def test_group_when_the_right_to_it_is_missing_then_exits_3_naming_it(
         done.result(30)
     worker = launch(settings(strict_broker.bootstrap, source, target, group))
     assert await worker.ended(60) == 3, worker.stderr_text()[-2000:]
-    assert f"no right to use group '{group}'" in worker.stderr_text()
+    assert f"grant READ on group {group} to User:ANONYMOUS" in worker.stderr_text()
 
 
 @pytest.mark.timeout(120)

@@ -16,15 +16,16 @@ import hashlib
 import os
 import random
 import re
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
@@ -46,6 +47,14 @@ class BrokerUnavailable(Exception):
 
 
 # ---------------------------------------------------------------- one broker
+
+
+class Listener(NamedTuple):
+    """A further listener of a broker, besides the plain one that its address is."""
+
+    name: str
+    protocol: str
+    port: int
 
 
 class Broker(Kafka):
@@ -76,18 +85,28 @@ class Broker(Kafka):
 class NativeKafka(Broker):
     """Kafka as a child process; dies with the test run, however that ends."""
 
-    def __init__(self, folder: Path, overrides: Mapping[str, str] | None = None) -> None:
-        """``folder`` takes data, properties and log; ``overrides`` are further broker properties."""
+    def __init__(
+        self,
+        folder: Path,
+        overrides: Mapping[str, str] | None = None,
+        listeners: Sequence[Listener] = (),
+        format_options: Sequence[str] = (),
+    ) -> None:
+        """``folder`` takes data, properties and log; ``overrides`` are further broker properties.
+
+        ``format_options`` go to Kafka's storage tool.
+        """
         port, controller_port = free_ports(2)
         super().__init__(f"127.0.0.1:{port}")
         self.folder = folder
         self.log = folder / "broker.log"
         self._data = folder / "data"
         self._properties = folder / "server.properties"
+        self._format_options = format_options
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         self._properties.write_text(
-            properties(f"127.0.0.1:{port}", "127.0.0.1", port, controller_port, str(self._data), overrides)
+            properties("127.0.0.1", "127.0.0.1", port, controller_port, str(self._data), overrides, listeners)
         )
 
     def start(self) -> NativeKafka:
@@ -121,7 +140,7 @@ class NativeKafka(Broker):
 
     def _format(self) -> None:
         command = [*self._java(), "kafka.tools.StorageTool", "format"]
-        command += ["-t", CLUSTER_ID, "-c", str(self._properties)]
+        command += ["-t", CLUSTER_ID, "-c", str(self._properties), *self._format_options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
         if done.returncode:
             raise BrokerUnavailable(
@@ -138,18 +157,24 @@ class NativeKafka(Broker):
 class ContainerKafka(Broker):
     """The same broker in a container; its port is one of this host, so that it survives a restart."""
 
-    def __init__(self, overrides: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        overrides: Mapping[str, str] | None = None,
+        listeners: Sequence[Listener] = (),
+        format_options: Sequence[str] = (),
+    ) -> None:
         from testcontainers.core.container import DockerContainer
         from testcontainers.core.docker_client import DockerClient
 
         [port] = free_ports(1)
         host = DockerClient().host()
         super().__init__(f"{host}:{port}")
-        text = properties(f"{host}:{port}", "0.0.0.0", port, 9093, "/tmp/data", overrides)
+        text = properties(host, "0.0.0.0", port, 9093, "/tmp/data", overrides, listeners)
         # Run at each start of the container; `format -g` leaves data alone that is there already.
         script = (
             'set -e; printf %s "$PROPERTIES" > /tmp/server.properties; '
-            f"/opt/kafka/bin/kafka-storage.sh format -g -t {CLUSTER_ID} -c /tmp/server.properties; "
+            f"/opt/kafka/bin/kafka-storage.sh format -g -t {CLUSTER_ID} -c /tmp/server.properties "
+            f"{shlex.join(format_options)}; "
             "exec /opt/kafka/bin/kafka-server-start.sh /tmp/server.properties"
         )
         self._container: Any = (
@@ -159,6 +184,8 @@ class ContainerKafka(Broker):
             .with_env("KAFKA_HEAP_OPTS", "-Xms256m -Xmx512m")
             .with_kwargs(entrypoint=["bash", "-c", script])
         )
+        for listener in listeners:
+            self._container.with_bind_ports(listener.port, listener.port)
         self._created = False
 
     def start(self) -> ContainerKafka:
@@ -195,15 +222,27 @@ def properties(
     controller_port: int,
     data: str,
     overrides: Mapping[str, str] | None,
+    listeners: Sequence[Listener] = (),
 ) -> str:
-    """server.properties of the one node; message.max.bytes and the timestamp type are Kafka's defaults."""
+    """server.properties of the one node; message.max.bytes and the timestamp type are Kafka's defaults.
+
+    ``advertised`` and ``bind`` are hosts.
+    """
+    every = [Listener("PLAINTEXT", "PLAINTEXT", port), *listeners]
     tree = {
         "process.roles": "broker,controller",
         "node.id": "1",
         "controller.quorum.voters": f"1@127.0.0.1:{controller_port}",
-        "listeners": f"PLAINTEXT://{bind}:{port},CONTROLLER://127.0.0.1:{controller_port}",
-        "advertised.listeners": f"PLAINTEXT://{advertised}",
-        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "listeners": ",".join(
+            [
+                *(f"{entry.name}://{bind}:{entry.port}" for entry in every),
+                f"CONTROLLER://127.0.0.1:{controller_port}",
+            ]
+        ),
+        "advertised.listeners": ",".join(f"{entry.name}://{advertised}:{entry.port}" for entry in every),
+        "listener.security.protocol.map": ",".join(
+            [*(f"{entry.name}:{entry.protocol}" for entry in every), "CONTROLLER:PLAINTEXT"]
+        ),
         "controller.listener.names": "CONTROLLER",
         "log.dirs": data,
         "auto.create.topics.enable": "false",
@@ -352,14 +391,19 @@ def image() -> None:
         client.close()
 
 
-def create_broker(folder: Path, overrides: Mapping[str, str] | None = None) -> Broker:
+def create_broker(
+    folder: Path,
+    overrides: Mapping[str, str] | None = None,
+    listeners: Sequence[Listener] = (),
+    format_options: Sequence[str] = (),
+) -> Broker:
     """A started broker, by the first way that works; BrokerUnavailable names what each way lacks."""
     try:
         image()
-        return _started(lambda: ContainerKafka(overrides))
+        return _started(lambda: ContainerKafka(overrides, listeners, format_options))
     except BrokerUnavailable as no_container:
         try:
-            return _started(lambda: NativeKafka(folder, overrides))
+            return _started(lambda: NativeKafka(folder, overrides, listeners, format_options))
         except BrokerUnavailable as no_native:
             raise BrokerUnavailable(f"no Kafka for the tests: {no_container}; {no_native}") from no_native
 

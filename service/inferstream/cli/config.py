@@ -118,7 +118,10 @@ def check_command(
 
     inferstream config check --config prod.yaml --connect
     """
+    from inferstream.kafka.security import security_options
+
     _, settings = _load(config, ctx.args, require=True)
+    security_options(settings.kafka.security)
     if connect:
         from inferstream.kafka.preflight import check
         from inferstream.telemetry.logs import configure

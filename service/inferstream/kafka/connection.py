@@ -13,7 +13,6 @@ import importlib
 import logging
 import platform
 import socket
-import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,27 +21,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aiokafka import errors as kafka_errors
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import (
-    AuthenticationFailedError,
-    AuthenticationMethodNotSupported,
-    ClusterAuthorizationFailedError,
-    GroupAuthorizationFailedError,
-    IllegalSaslStateError,
     IncompatibleBrokerVersion,
     InvalidTopicError,
     KafkaConnectionError,
     KafkaError,
     NodeNotReadyError,
-    SaslAuthenticationFailed,
     TopicAuthorizationFailedError,
-    TransactionalIdAuthorizationFailed,
     UnknownTopicOrPartitionError,
-    UnsupportedSaslMechanismError,
-    UnsupportedVersionError,
 )
 from aiokafka.protocol.admin import DescribeConfigsRequest
-from aiokafka.protocol.metadata import MetadataRequest
 
 from inferstream.errors import KafkaRefused, SettingsError
+from inferstream.kafka.handshake import (
+    may_speak_otherwise,
+    refusal_in,
+    refused_login,
+    spoken_at,
+    wrong_protocol,
+)
+from inferstream.kafka.rights import Right, TopicsRequest, lacking, lacking_elsewhere, refused_line
+from inferstream.kafka.security import security_options
 
 if TYPE_CHECKING:
     from inferstream.settings.tree import Kafka
@@ -59,22 +57,6 @@ FIRST_ATTEMPT_S = (
 )
 TOPIC_RESOURCE = 2
 
-# Waiting does not help: the broker has answered, and the answer is no.
-REFUSALS = (
-    AuthenticationFailedError,
-    AuthenticationMethodNotSupported,
-    ClusterAuthorizationFailedError,
-    GroupAuthorizationFailedError,
-    IllegalSaslStateError,
-    IncompatibleBrokerVersion,
-    SaslAuthenticationFailed,
-    TopicAuthorizationFailedError,
-    TransactionalIdAuthorizationFailed,
-    UnsupportedSaslMechanismError,
-    UnsupportedVersionError,
-    ssl.SSLCertVerificationError,
-)
-
 
 @dataclass(frozen=True, slots=True)
 class TopicFacts:
@@ -87,6 +69,7 @@ class TopicFacts:
     cleanup_policy: str | None = None
     timestamp_type: str | None = None
     retention_ms: int | None = None
+    configs_denied: bool = False
 
 
 def client_options(kafka: Kafka) -> dict[str, Any]:
@@ -104,6 +87,7 @@ def client_options(kafka: Kafka) -> dict[str, Any]:
         "client_id": kafka.client_id or f"inferstream-{platform.node()}",
         "request_timeout_ms": kafka.request_timeout_ms,
         "metadata_max_age_ms": METADATA_MAX_AGE_MS,
+        **security_options(kafka.security),
     }
 
 
@@ -129,6 +113,7 @@ async def start_with_retry(kafka: Kafka, start: Callable[[], Awaitable[T]], time
     backoff_s, attempt_s = FIRST_BACKOFF_S, FIRST_ATTEMPT_S
     next_line = time.monotonic()
     hosts: dict[str, str] = {}
+    asked: set[str] = set()
     while True:
         remaining_s = deadline - time.monotonic()
         error: Exception
@@ -140,14 +125,18 @@ async def start_with_retry(kafka: Kafka, start: Callable[[], Awaitable[T]], time
                 error = caught
         hosts |= {host: _brief(problem) for host, problem in heard}
         for host, problem in [*heard, ("", error)]:
-            if isinstance(problem, REFUSALS):
-                raise KafkaRefused(_refusal(kafka, host, problem)) from error
+            if host not in asked and may_speak_otherwise(problem):
+                asked.add(host)
+                if (why := await _other_protocol(kafka, host)) is not None:
+                    raise KafkaRefused(why) from error
+            if (refusal := refusal_in(problem)) is not None:
+                raise KafkaRefused(refused_login(kafka, host, refusal)) from error
         if time.monotonic() + backoff_s >= deadline:
             raise KafkaRefused(_unreachable(kafka, timeout_s, hosts, error)) from error
         if time.monotonic() >= next_line:
             next_line = time.monotonic() + LOG_INTERVAL_S
-            why = {"hosts": _tried(kafka, hosts)} if heard else {"error": _brief(error)}
-            log.warning("Kafka is not ready, trying again", extra=why)
+            extra = {"hosts": _tried(kafka, hosts)} if heard else {"error": _brief(error)}
+            log.warning("Kafka is not ready, trying again", extra=extra)
         await asyncio.sleep(backoff_s)
         backoff_s, attempt_s = min(backoff_s * 2, MAX_BACKOFF_S), attempt_s * 2
 
@@ -188,38 +177,48 @@ async def ask(client: AIOKafkaClient, request: Any) -> Any:
     return await client.send(node, request)
 
 
-async def topic_facts(kafka: Kafka, topics: Sequence[str]) -> dict[str, TopicFacts]:
+async def topic_facts(
+    kafka: Kafka, topics: Sequence[str], needed: Sequence[Right] = ()
+) -> dict[str, TopicFacts]:
     """Topic → what it is like; a topic that does not exist is left out, and is not created by asking.
 
     Raises aiokafka's KafkaError or OSError when no broker answers (see :func:`start_with_retry`), and
-    KafkaRefused without the right to describe a topic.
+    KafkaRefused without the right to describe a topic or one of those that are ``needed``, as far as the brokers
+    tell (Kafka 2.3 and later do).
     """
     async with connected(kafka) as client:
-        return await facts_from(client, topics)
+        return await facts_from(client, kafka, topics, needed)
 
 
-async def facts_from(client: AIOKafkaClient, topics: Sequence[str]) -> dict[str, TopicFacts]:
+async def facts_from(
+    client: AIOKafkaClient, kafka: Kafka, topics: Sequence[str], needed: Sequence[Right] = ()
+) -> dict[str, TopicFacts]:
     """As :func:`topic_facts`, from a client that is connected."""
     names = list(dict.fromkeys(topics))
     if not names:
         return {}
-    answer = (await ask(client, MetadataRequest(names, allow_auto_topic_creation=False))).to_object()
+    answer = (await ask(client, TopicsRequest(names))).to_object()
     shapes: dict[str, tuple[int, int]] = {}
+    operations: dict[str, int | None] = {}
+    denied: list[str] = []
     for topic in answer["topics"]:
         name, problem = topic["topic"], kafka_errors.for_code(topic["error_code"])
         if problem is UnknownTopicOrPartitionError:
             continue
         if problem is TopicAuthorizationFailedError:
-            raise KafkaRefused(
-                f"topic {name}: the brokers refuse to describe it (ACL: Describe on the topic)"
-            )
+            denied.append(name)
+            continue
         if problem is InvalidTopicError:
             raise KafkaRefused(f"topic {name}: the brokers refuse the name")
         if topic["error_code"] != 0:
             raise problem(name)  # such as a leader that is being elected: asked again
         replicas = [len(partition["replicas"]) for partition in topic["partitions"]]
         shapes[name] = len(replicas), min(replicas, default=0)
-    configs = await _configs(client, list(shapes))
+        operations[name] = topic.get("authorized_operations")
+    missing = lacking(needed, denied, operations) + await lacking_elsewhere(client, needed)
+    if missing:
+        raise KafkaRefused(refused_line(kafka, missing))
+    configs, hidden = await _configs(client, list(shapes))
     return {
         name: TopicFacts(
             partitions,
@@ -228,25 +227,29 @@ async def facts_from(client: AIOKafkaClient, topics: Sequence[str]) -> dict[str,
             cleanup_policy=configs[name].get("cleanup.policy"),
             timestamp_type=configs[name].get("message.timestamp.type"),
             retention_ms=_number(configs[name].get("retention.ms")),
+            configs_denied=name in hidden,
         )
         for name, (partitions, replication) in shapes.items()
     }
 
 
-async def _configs(client: AIOKafkaClient, topics: list[str]) -> dict[str, dict[str, str]]:
-    """Topic → its configuration, empty where the brokers do not tell."""
+async def _configs(client: AIOKafkaClient, topics: list[str]) -> tuple[dict[str, dict[str, str]], set[str]]:
+    """Topic → its configuration, empty where the brokers do not tell; and those that we have no right to ask for."""
     found: dict[str, dict[str, str]] = {name: {} for name in topics}
+    hidden: set[str] = set()
     if not topics:
-        return found
+        return found, hidden
     keys = ["max.message.bytes", "cleanup.policy", "message.timestamp.type", "retention.ms"]
     try:
         answer = await ask(client, DescribeConfigsRequest([(TOPIC_RESOURCE, name, keys) for name in topics]))
     except IncompatibleBrokerVersion:
-        return found  # a broker without DescribeConfigs, such as the embedded one
+        return found, hidden  # a broker without DescribeConfigs, such as the embedded one
     for code, _, _, name, entries in answer.resources:
         if code == 0:
             found[name] = {entry[0]: entry[1] for entry in entries}
-    return found
+        elif kafka_errors.for_code(code) is TopicAuthorizationFailedError:
+            hidden.add(name)
+    return found, hidden
 
 
 def _number(text: str | None) -> int | None:
@@ -262,6 +265,9 @@ def _overheard() -> Iterator[list[tuple[str, BaseException]]]:
         match record.args:
             case (str() as host, int() as port, BaseException() as error):
                 heard.append((f"{host}:{port}", error))
+                return False
+            case (int() as node, BaseException() as error):
+                heard.append((f"broker {node}", error))
                 return False
         return True
 
@@ -288,9 +294,13 @@ def _unreachable(kafka: Kafka, timeout_s: float, hosts: dict[str, str], error: E
     )
 
 
-def _refusal(kafka: Kafka, host: str, error: BaseException) -> str:
-    where = host or ",".join(kafka.bootstrap_servers)
-    return f"Kafka at {where} refused: {_brief(error)}"
+async def _other_protocol(kafka: Kafka, host: str) -> str | None:
+    """The line for a port that speaks another protocol than ours, or None."""
+    name, _, port = host.rpartition(":")
+    if not port.isdecimal():
+        return None
+    spoken = await spoken_at(name.strip("[]"), int(port), kafka.security)
+    return wrong_protocol(kafka, host, spoken) if spoken is not None else None
 
 
 def _brief(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,12 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from inferstream.errors import KafkaRefused
 from inferstream.kafka.connection import TopicFacts, client_options, start_with_retry, topic_facts
+from inferstream.kafka.rights import Right, refused_line
 
 if TYPE_CHECKING:
     from inferstream.settings import Settings
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MAX_MESSAGE_BYTES = 1_048_588  # Apache Kafka's own; used where DescribeConfigs is not to be had
 HEADER_ROOM = 64 * 1024  # what the headers of a dead letter may add to the input record
@@ -28,16 +32,34 @@ class Cluster:
     dead_letter_limit: int
 
 
+def needed_rights(settings: Settings) -> list[Right]:
+    """What a worker cannot do without; READ and WRITE bring DESCRIBE with them."""
+    rights = [Right("READ", "topic", name) for name in settings.input.topics]
+    rights += [
+        Right("WRITE", "topic", settings.output.topic),
+        Right("WRITE", "topic", settings.dead_letter.topic),
+        Right("READ", "group", settings.kafka.group_id),
+    ]
+    if settings.delivery.guarantee == "exactly-once" and settings.kafka.transactional_id is not None:
+        rights.append(Right("WRITE", "transactional id", settings.kafka.transactional_id))
+    return rights
+
+
 async def inspect(settings: Settings, *, embedded: bool) -> Cluster:
     """Look at the topics; raises KafkaRefused with one line that names what is missing and what to do."""
     names = [*settings.input.topics, settings.output.topic, settings.dead_letter.topic]
-    facts = await topic_facts(settings.kafka, names)
+    facts = await topic_facts(settings.kafka, names, needed_rights(settings))
     missing = [name for name in names if name not in facts]
     if missing:
         raise KafkaRefused(
             f"topic{'s' if len(missing) > 1 else ''} {', '.join(missing)} not found on "
-            f"{','.join(settings.kafka.bootstrap_servers)} (or no right to DESCRIBE): create them with "
-            "`inferstream topics create`"
+            f"{','.join(settings.kafka.bootstrap_servers)}: create them with `inferstream topics create`"
+        )
+    hidden = [Right("DESCRIBE_CONFIGS", "topic", name) for name in names if facts[name].configs_denied]
+    if hidden:
+        log.warning(
+            "the limits of topics are not known; Kafka's defaults are taken",
+            extra={"why": refused_line(settings.kafka, hidden)},
         )
     output, dead = facts[settings.output.topic], facts[settings.dead_letter.topic]
     output_limit = settings.output.max_message_bytes or output.max_message_bytes or DEFAULT_MAX_MESSAGE_BYTES
@@ -87,8 +109,8 @@ async def _committed_partitions(settings: Settings) -> int:
 async def check(settings: Settings) -> list[str]:
     """`config check --connect`: the findings, a line each; raises KafkaRefused on the first that is fatal.
 
-    Rights: to describe the topics and to read the group's offsets.  The right to write cannot be asked for
-    without writing.
+    Among what is looked at are the rights of a worker; with brokers before Kafka 2.3, only those to describe the
+    topics and the group.
     """
 
     async def look() -> tuple[Cluster, int]:

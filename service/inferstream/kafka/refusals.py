@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Final
 from aiokafka import errors as kafka_errors
 from aiokafka.errors import BrokerResponseError, KafkaError
 
+from inferstream.kafka.rights import Right, refused_line
+
 if TYPE_CHECKING:
-    from inferstream.settings.tree import Kafka
+    from inferstream.settings import Settings
 
 
 class GroupMaxSizeReachedError(BrokerResponseError):  # type: ignore[misc]  # aiokafka ships no types
@@ -35,8 +37,8 @@ for _error in (GroupMaxSizeReachedError, FencedInstanceIdError):
 _WRAPPED = re.compile(r"(?:Unexpected exception in heartbeat task: )?(\w+)\(")
 
 _ADVICE: Final = {
-    "GroupAuthorizationFailedError": "no right to use group {group!r}: grant READ on it",
-    "TopicAuthorizationFailedError": "no right to read: grant READ on the input topics",
+    "GroupAuthorizationFailedError": "{group_rights}",
+    "TopicAuthorizationFailedError": "{topic_rights}",
     "InvalidSessionTimeoutError": (
         "kafka.session_timeout_ms={session} is refused: set it within the brokers' "
         "group.min.session.timeout.ms (6000 unless changed) and group.max.session.timeout.ms (1800000), "
@@ -74,10 +76,15 @@ def certain(refusal: str, joined: bool) -> bool:
     return refusal == "FencedInstanceIdError" or (refusal in _ADVICE and not joined)
 
 
-def refusal_line(kafka: Kafka, refusal: str) -> str:
+def refusal_line(settings: Settings, refusal: str) -> str:
     """What is refused and what to do, on one line."""
+    kafka = settings.kafka
     advice = _ADVICE.get(refusal, "group {group!r} does not take this worker")
     text = advice.format(
-        group=kafka.group_id, session=kafka.session_timeout_ms, instance=kafka.group_instance_id
+        group=kafka.group_id,
+        session=kafka.session_timeout_ms,
+        instance=kafka.group_instance_id,
+        group_rights=refused_line(kafka, [Right("READ", "group", kafka.group_id)]),
+        topic_rights=refused_line(kafka, [Right("READ", "topic", name) for name in settings.input.topics]),
     )
     return f"{text} ({refusal})"

@@ -182,7 +182,7 @@ class _Sender:
         elif now - self._refused_since > REFUSED_FOR_S:
             raise KafkaRefused(
                 f"publishing to {where} has been refused for {REFUSED_FOR_S:.0f} s: {type(error).__name__}; "
-                "grant WRITE on the topic, or create it"
+                f"grant WRITE on topic {self._topic.name}, or create it"
             )
 
 

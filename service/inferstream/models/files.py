@@ -35,11 +35,12 @@ class ModelFiles:
     revision: str
 
 
-def locate(model_id: str, revision: str | None = None) -> ModelFiles:
+def locate(model_id: str, revision: str | None = None, *, with_code: bool = False) -> ModelFiles:
     """Find a model's files, downloading them only for a hub id that is not cached.
 
     ``revision`` is a commit, tag or branch for a hub id; for a folder or package it must be what their
-    weights hash to.  Raises ModelError with one line that says what to do.
+    weights hash to.  ``with_code`` downloads Python files as well.  Raises ModelError with one line that says what
+    to do.
     """
     if model_id.startswith(PACKAGE):
         folder = _in_package(model_id)
@@ -48,7 +49,7 @@ def locate(model_id: str, revision: str | None = None) -> ModelFiles:
         if not folder.is_dir():
             raise ModelError(f"model.id {model_id}: there is no such folder")
     else:
-        folder = _from_hub(model_id, revision)
+        folder = _from_hub(model_id, revision, with_code)
         _check(model_id, folder)
         commit = folder.name
         return ModelFiles(folder, commit if re.fullmatch("[0-9a-f]{40}", commit) else _hash(folder))
@@ -118,7 +119,7 @@ def _looks_like_model(folder: Path) -> bool:
     )
 
 
-def _from_hub(model_id: str, revision: str | None) -> Path:
+def _from_hub(model_id: str, revision: str | None, with_code: bool) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -127,7 +128,10 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
     try:
         return Path(
             snapshot_download(
-                model_id, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED
+                model_id,
+                revision=revision,
+                allow_patterns=[*HUB_PATTERNS, "*.py"] if with_code else HUB_PATTERNS,
+                ignore_patterns=HUB_IGNORED,
             )
         )
     except errors.HFValidationError:

@@ -101,13 +101,19 @@ def _load_encoder(settings: Settings, encode_embedding: EncodeEmbedding) -> Load
     model = settings.model
     gpu = gpu_of(model.device)
     dtype = cpu_dtype(model.dtype) if gpu is None else dtype_on(model.dtype, gpu)
-    files = locate(model.id, model.revision)
+    trust = model.trust_remote_code
+    if trust:
+        log.warning(
+            "model.trust_remote_code is on: Python code that comes with the model runs with all our rights",
+            extra={"model": model.id, "revision": model.revision or "not pinned"},
+        )
+    files = locate(model.id, model.revision, with_code=trust)
     # Read when tokenizers first works in a process: its own pool of threads would take every core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         sentence = read_sentence_files(files.folder)
-        tokenizer, tokenizer_length, ids = load_tokenizer(sentence)
-        transformer = load_transformer(sentence, dtype, ids)
+        tokenizer, tokenizer_length, ids = load_tokenizer(sentence, trust_remote_code=trust)
+        transformer = load_transformer(sentence, dtype, ids, trust_remote_code=trust)
         if gpu is None:
             encoder = transformer.on_cpu(type_ids=tokenizer.type_ids)
             width = encoder.width
@@ -121,6 +127,11 @@ def _load_encoder(settings: Settings, encode_embedding: EncodeEmbedding) -> Load
         raise ModelError(f"model.id {model.id}: {error}") from error
     except Exception as error:  # whatever transformers makes of files that are not as they should be
         log.debug("loading failed", exc_info=True)
+        if not trust and "trust_remote_code" in str(error):
+            raise ModelError(
+                f"model.id {model.id}: it needs Python code of its own, which is not run: read the code, pin "
+                "model.revision and set model.trust_remote_code=true, or take another model"
+            ) from None
         why = f"{type(error).__name__}: {one_line(error)}"
         raise ModelError(f"model.id {model.id}: it could not be loaded: {why}") from error
 
@@ -290,7 +301,9 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
     )
 
 
-def load_tokenizer(sentence: SentenceFiles) -> tuple[TextTokenizer, int | None, int]:
+def load_tokenizer(
+    sentence: SentenceFiles, *, trust_remote_code: bool = False
+) -> tuple[TextTokenizer, int | None, int]:
     """The tokenizer, its own limit in tokens if it has one, and how many ids it can give."""
     from tokenizers import normalizers
     from transformers import AutoTokenizer
@@ -298,7 +311,7 @@ def load_tokenizer(sentence: SentenceFiles) -> tuple[TextTokenizer, int | None, 
     from inferstream.models.tokenizer import TextTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
-        sentence.transformer, local_files_only=True, trust_remote_code=False
+        sentence.transformer, local_files_only=True, trust_remote_code=trust_remote_code
     )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -386,7 +399,9 @@ class Transformer:
         return forward
 
 
-def load_transformer(sentence: SentenceFiles, dtype: str, ids: int) -> Transformer:
+def load_transformer(
+    sentence: SentenceFiles, dtype: str, ids: int, *, trust_remote_code: bool = False
+) -> Transformer:
     import torch
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging as transformers_logging
@@ -396,7 +411,9 @@ def load_transformer(sentence: SentenceFiles, dtype: str, ids: int) -> Transform
     # Untyped functions.  What matters of the report on the weights is checked below.
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    config = AutoConfig.from_pretrained(sentence.transformer, local_files_only=True, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(
+        sentence.transformer, local_files_only=True, trust_remote_code=trust_remote_code
+    )
     if config.is_encoder_decoder:
         raise ModelError(f"{config.model_type} is an encoder-decoder, which is not supported")
     causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
@@ -415,7 +432,7 @@ def load_transformer(sentence: SentenceFiles, dtype: str, ids: int) -> Transform
         dtype=getattr(torch, dtype),
         use_safetensors=True,
         local_files_only=True,
-        trust_remote_code=False,
+        trust_remote_code=trust_remote_code,
         output_loading_info=True,
     )
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key.split("."))

@@ -79,6 +79,8 @@ class Setting:
             elif high is not None:
                 noun += f" and at most {show(high)}"
             return noun + unit + (" or auto" if self.auto else "")
+        if self.type is bool:
+            return "true or false"
         if self.is_list:
             return "a list, its items not empty"
         return "a file's path" if self.type is Path else "a text, not empty"
@@ -100,6 +102,8 @@ def show(value: Any) -> str:
         return "–"
     if isinstance(value, list):
         return ",".join(str(item) for item in value)
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)

@@ -121,6 +121,8 @@ def _schema_of_leaf(setting: Setting) -> dict[str, Any]:
         return {**schema, "enum": [*setting.choices, None]}
     if setting.is_list:
         return {**schema, "type": ["array", "string", "null"], "items": {"type": "string", "minLength": 1}}
+    if setting.type is bool:
+        return {**schema, "type": ["boolean", "null"]}
     if setting.type is not int and setting.type is not float:
         return {**schema, "type": ["string", "null"], "minLength": 1}
     low, high = setting.bounds

@@ -97,35 +97,47 @@ class Section(BaseModel):
 
 class Security(Section):
     protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    """How the brokers are spoken to.  Only PLAINTEXT is in this version: anything else is refused at start
-    (exit 2) rather than silently left out, and so is every other setting of this section."""
+    """How the brokers are spoken to: ``SSL`` encrypts, ``SASL_*`` logs in with a user and a password, and
+    ``SASL_SSL`` does both.
+
+    It must be that of the brokers' listener; the wrong one is told at start (exit 3).  Under ``SASL_PLAINTEXT``
+    everything but a SCRAM password crosses the network in the clear.  See docs/security.md."""
 
     mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = None
-    """The SASL mechanism.  Not yet in this version: refused if set."""
+    """How to log in; required under ``SASL_*``.
+
+    ``PLAIN`` sends the password itself and belongs into ``SASL_SSL``; ``SCRAM-*`` proves that it is known.
+    ``OAUTHBEARER`` is refused (exit 2): Kafka's client takes tokens only from code."""
 
     username: Text | None = None
-    """The SASL user.  Not yet in this version: refused if set."""
+    """The user to log in as; required under ``SASL_*``.  To the brokers' ACLs it is ``User:<username>``."""
 
     password: SecretStr | None = None
-    """The SASL password.  Not yet in this version: refused if set.  A secret: it has no flag and no place in
-    a settings file; it comes from the environment or from ``kafka.security.password_file``, and is never
-    printed."""
+    """The password to log in with.  A secret: it has no flag and no place in a settings file; it comes from the
+    environment, or from ``kafka.security.password_file``, and is never printed."""
 
     password_file: Path | None = None
-    """A file with the SASL password, such as a mounted Secret.  Not yet in this version: refused if set."""
+    """A file with the password, such as a mounted Secret; a line's end after it is no part of it.
+
+    It is read again for every connection that is made, so a changed password needs no restart."""
 
     ca_file: Path | None = None
-    """A PEM file with the authorities that may sign the brokers' certificates.  Not yet in this version:
-    refused if set."""
+    """A PEM file with the authorities that may sign the brokers' certificates; without one, those that this
+    machine trusts.
+
+    The brokers' names are always verified: each must stand in its certificate as it stands in
+    ``kafka.bootstrap_servers`` and the brokers' ``advertised.listeners``.  As all files here, it is read again
+    when it has changed, for the next connection."""
 
     cert_file: Path | None = None
-    """A PEM file with this client's certificate.  Not yet in this version: refused if set."""
+    """A PEM file with this client's certificate, and those between it and its authority, for brokers that ask for
+    one.  To the brokers' ACLs its subject is the user, as in ``User:CN=search``."""
 
     key_file: Path | None = None
-    """A PEM file with this client's private key.  Not yet in this version: refused if set."""
+    """A PEM file with the private key of ``kafka.security.cert_file``."""
 
     key_password_file: Path | None = None
-    """A file with the passphrase of ``key_file``.  Not yet in this version: refused if set."""
+    """A file with the passphrase of ``kafka.security.key_file``, if that is encrypted."""
 
 
 class Kafka(Section):
@@ -319,6 +331,13 @@ class Model(Section):
 
     Without one, the newest is taken at each start, so two workers may run different weights: pin a commit in
     production."""
+
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run, with all the rights of this process.
+
+    Models whose class is not part of transformers need it, and do not load without (exit 4).  Read the code first
+    and pin ``model.revision``; the worker warns at every start.  Weights are loaded from safetensors alone, with
+    this or without."""
 
     task: Literal["embed"] = "embed"
     """What the model is asked for.  ``embed``: one vector per document."""

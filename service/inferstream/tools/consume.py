@@ -22,6 +22,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from inferstream.documents import Headers, Record
 from inferstream.errors import Incomplete, KafkaRefused
 from inferstream.kafka.connection import client_options, start_with_retry, topic_facts
+from inferstream.kafka.rights import Right
 
 if TYPE_CHECKING:
     from inferstream.settings.tree import Kafka
@@ -110,7 +111,8 @@ def _at_once(records: Sequence[Record]) -> int:
 
 
 async def _partitions(kafka: Kafka, topics: Sequence[str]) -> list[TopicPartition]:
-    facts = await start_with_retry(kafka, lambda: topic_facts(kafka, topics), kafka.connect_timeout_s)
+    needed = [Right("READ", "topic", name) for name in topics]
+    facts = await start_with_retry(kafka, lambda: topic_facts(kafka, topics, needed), kafka.connect_timeout_s)
     missing = [name for name in topics if name not in facts]
     if missing:
         raise KafkaRefused(

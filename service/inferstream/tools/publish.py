@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from inferstream.errors import Incomplete, KafkaRefused
 from inferstream.kafka.connection import TopicFacts, start_with_retry, topic_facts
+from inferstream.kafka.rights import Right
 from inferstream.tools.publish_reading import Bad, Format, IdFrom, Reader, in_thread
 from inferstream.tools.publish_sending import Outbox
 
@@ -114,7 +115,10 @@ async def publish(settings: Settings, options: Options, counts: Counts) -> None:
 
 async def _facts(settings: Settings, topic: str) -> TopicFacts:
     kafka = settings.kafka
-    found = await start_with_retry(kafka, lambda: topic_facts(kafka, [topic]), kafka.connect_timeout_s)
+    needed = [Right("WRITE", "topic", topic)]
+    found = await start_with_retry(
+        kafka, lambda: topic_facts(kafka, [topic], needed), kafka.connect_timeout_s
+    )
     if topic not in found:
         raise KafkaRefused(
             f"topic {topic} does not exist on {','.join(kafka.bootstrap_servers)}: create it with "

@@ -23,6 +23,7 @@ from aiokafka.partitioner import murmur2
 
 from inferstream.errors import KafkaRefused
 from inferstream.kafka.connection import client_options, start_with_retry
+from inferstream.kafka.rights import Right, refused_line
 
 if TYPE_CHECKING:
     from inferstream.kafka.connection import TopicFacts
@@ -205,6 +206,7 @@ class Outbox:
     def _refused_for_good(self, errors: Iterable[BaseException]) -> None:
         for error in errors:
             if isinstance(error, TopicAuthorizationFailedError):
-                raise KafkaRefused(f"topic {self._topic}: no right to write to it (ACL: Write)")
+                raise KafkaRefused(refused_line(self._kafka, [Right("WRITE", "topic", self._topic)]))
             if isinstance(error, ClusterAuthorizationFailedError):
-                raise KafkaRefused("no right to produce idempotently (ACL: IdempotentWrite on the cluster)")
+                right = Right("IDEMPOTENT_WRITE", "cluster", "kafka-cluster")
+                raise KafkaRefused(refused_line(self._kafka, [right]))

@@ -14,12 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from aiokafka import errors as kafka_errors
 from aiokafka.client import AIOKafkaClient
-from aiokafka.errors import IncompatibleBrokerVersion, KafkaError, NodeNotReadyError, TopicAlreadyExistsError
+from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
+    IncompatibleBrokerVersion,
+    KafkaError,
+    NodeNotReadyError,
+    TopicAlreadyExistsError,
+    TopicAuthorizationFailedError,
+)
 from aiokafka.protocol.admin import CreateTopicsRequest, DescribeConfigsRequest
 
 from inferstream.errors import KafkaRefused
 from inferstream.kafka.connection import TopicFacts, connected, facts_from, start_with_retry
 from inferstream.kafka.preflight import DEFAULT_MAX_MESSAGE_BYTES, HEADER_ROOM
+from inferstream.kafka.rights import Right, refused_line
 
 if TYPE_CHECKING:
     from inferstream.settings.tree import Kafka, Settings
@@ -86,13 +94,15 @@ async def create_topics(kafka: Kafka, topics: Sequence[Wanted], *, dry_run: bool
 
     async def work() -> list[Report]:
         async with connected(kafka) as client:
-            return await _create(client, topics, dry_run)
+            return await _create(client, kafka, topics, dry_run)
 
     return await start_with_retry(kafka, work, kafka.connect_timeout_s)
 
 
-async def _create(client: AIOKafkaClient, topics: Sequence[Wanted], dry_run: bool) -> list[Report]:
-    facts = await facts_from(client, [topic.name for topic in topics])
+async def _create(
+    client: AIOKafkaClient, kafka: Kafka, topics: Sequence[Wanted], dry_run: bool
+) -> list[Report]:
+    facts = await facts_from(client, kafka, [topic.name for topic in topics])
     brokers = len(client.cluster.brokers())
     limits = {name: found.max_message_bytes for name, found in facts.items()}
     broker_limit: int | None = None
@@ -117,7 +127,7 @@ async def _create(client: AIOKafkaClient, topics: Sequence[Wanted], dry_run: boo
         replication = topic.replication or min(MAX_DEFAULT_REPLICATION, max(brokers, 1))
         planned[topic.name] = partitions
         try:
-            await _create_one(client, topic.name, partitions, replication, configs, dry_run)
+            await _create_one(client, kafka, topic.name, partitions, replication, configs, dry_run)
         except KafkaRefused as error:
             if dry_run or not created:
                 raise
@@ -130,12 +140,13 @@ async def _create(client: AIOKafkaClient, topics: Sequence[Wanted], dry_run: boo
         )
         reports.append(Report(topic.name, Outcome.WOULD_CREATE if dry_run else Outcome.CREATED, details))
     if created and not dry_run:
-        await _wait_until_ready(client, created)
+        await _wait_until_ready(client, kafka, created)
     return reports
 
 
 async def _create_one(
     client: AIOKafkaClient,
+    kafka: Kafka,
     name: str,
     partitions: int,
     replication: int,
@@ -158,6 +169,8 @@ async def _create_one(
             continue
         if problem.retriable:
             raise problem(topic)
+        if problem in (ClusterAuthorizationFailedError, TopicAuthorizationFailedError):
+            raise KafkaRefused(refused_line(kafka, [Right("CREATE", "topic", topic)]))
         raise KafkaRefused(
             f"topic {topic}: not created: {problem.__name__}: {message or problem.description}"
         )
@@ -212,12 +225,12 @@ def _differences(
     return tuple(differences)
 
 
-async def _wait_until_ready(client: AIOKafkaClient, topics: list[str]) -> None:
+async def _wait_until_ready(client: AIOKafkaClient, kafka: Kafka, topics: list[str]) -> None:
     """Until every new topic is known with its partitions, so that the next command finds it."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     while True:
         try:
-            if len(await facts_from(client, topics)) == len(topics):
+            if len(await facts_from(client, kafka, topics)) == len(topics):
                 return
         except KafkaError:
             if time.monotonic() > deadline:
