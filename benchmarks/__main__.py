@@ -27,7 +27,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # the model is in a package; what else would be asked for is a mistake
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from benchmarks import batching, latency, memory, overlap, paced, pipe, prefetch, throughput
+from benchmarks import batching, guarantees, latency, memory, overlap, paced, pipe, prefetch, throughput
 from benchmarks.arena import READY_S, Arena, Child, Topics
 from benchmarks.documents import Corpus
 from benchmarks.machine import hardware, has_bfloat16, versions
@@ -36,7 +36,7 @@ from benchmarks.report import Report, Section, number
 from benchmarks.scale import FULL, MODEL, SHORT, Scale
 
 THROUGHPUT = ("naive-64", "naive-1000", "engine")
-NAMES = (*THROUGHPUT, "paced", "pipe", "latency", "memory", "overlap", "prefetch", "batching")
+NAMES = (*THROUGHPUT, "paced", "pipe", "guarantees", "latency", "memory", "overlap", "prefetch", "batching")
 
 
 class Run:
@@ -59,6 +59,7 @@ class Run:
         steps: dict[str, Callable[[], Awaitable[Section]]] = {
             "paced": lambda: paced.run(self._arena, self._scale),
             "pipe": lambda: pipe.run(self._arena, self._scale),
+            "guarantees": lambda: guarantees.run(self._arena, self._scale),
             "latency": self._latency,
             "memory": lambda: memory.run(self._arena, self._scale),
             # In a thread: each of their passes has an event loop of its own.

@@ -359,6 +359,53 @@ async def test_commit_when_the_last_acknowledgement_that_release_waits_for_comes
     assert pipeline.commit_due.is_set()
 
 
+async def test_transaction_when_half_of_what_may_be_uncommitted_is_in_it_then_its_end_is_due(
+    build: Build,
+) -> None:
+    pipeline, sink, _ = build(**{"delivery.max_uncommitted_documents": 10})
+    sink.automatic = False
+    lane = open_lane(pipeline)
+    for count, due in ((4, False), (5, True)):
+        pipeline.admit(lane, [record(n) for n in range(lane.position, count)])
+        await until(lambda count=count: len(sink.sent) == count)
+        pipeline.handed_over(lane)
+        assert pipeline.commit_due.is_set() is due
+    pipeline.commit_due.clear()
+
+    pipeline.acknowledged(sink.waiting, committed=True)
+    assert not pipeline.commit_due.is_set() and pipeline.credit.documents == 0
+    sink.waiting = []
+    pipeline.admit(lane, [record(n) for n in range(5, 15)])
+    await until(lambda: len(sink.sent) == 15)
+
+
+async def test_transaction_when_half_of_the_buffer_waits_for_it_then_its_end_is_due(build: Build) -> None:
+    pipeline, sink, _ = build(**{"buffer.max_documents": 100})
+    lane = open_lane(pipeline)
+    sink.queued = 49
+    pipeline.handed_over(lane)
+    assert not pipeline.commit_due.is_set()
+    sink.queued = 50
+    pipeline.handed_over(lane)
+    assert pipeline.commit_due.is_set()
+
+
+async def test_transaction_when_a_closing_lane_is_all_in_it_then_its_end_is_due(build: Build) -> None:
+    pipeline, sink, _ = build()
+    sink.automatic = False
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n) for n in range(3)])
+    await until(lambda: len(sink.sent) == 3)
+    pipeline.handed_over(lane)
+    assert not pipeline.commit_due.is_set()
+    closing = asyncio.create_task(pipeline.close_lanes([lane], 10.0))
+    await asyncio.sleep(0)
+    pipeline.handed_over(lane)
+    assert pipeline.commit_due.is_set()
+    pipeline.acknowledged(sink.waiting, committed=True)
+    assert await closing
+
+
 async def test_chunked_document_when_each_of_its_chunks_fails_then_it_is_one_dead_letter(
     build: Build,
 ) -> None:

@@ -207,10 +207,14 @@ def test_topics_when_the_derived_one_would_be_too_long_then_it_is_refused() -> N
     assert "set dead_letter.topic" in line
 
 
-def test_guarantee_when_exactly_once_then_it_is_refused_as_not_yet_there() -> None:
-    [line] = problems(delivery__guarantee="exactly-once")
+def test_guarantee_when_exactly_once_then_the_interval_and_the_transactional_id_are_derived() -> None:
+    one = load(delivery__guarantee="exactly-once", kafka__group_id="g")
+    other = load(delivery__guarantee="exactly-once", kafka__group_id="g")
 
-    assert "not yet in this version" in line
+    assert one.delivery.commit_interval_ms == 100
+    assert one.kafka.transactional_id is not None and one.kafka.transactional_id.startswith("g-")
+    assert one.kafka.transactional_id != other.kafka.transactional_id
+    assert {"delivery.commit_interval_ms", "kafka.transactional_id"} <= one.derived.keys()
 
 
 def test_guarantee_when_exactly_once_has_no_order_or_no_broker_for_it_then_all_is_told() -> None:
@@ -218,11 +222,14 @@ def test_guarantee_when_exactly_once_has_no_order_or_no_broker_for_it_then_all_i
         delivery__guarantee="exactly-once", delivery__order="none", kafka__bootstrap_servers="embedded"
     )
 
-    assert [line.split(":")[0] for line in lines] == [
-        "delivery.guarantee",
-        "delivery.order",
-        "kafka.bootstrap_servers",
-    ]
+    assert [line.split(":")[0] for line in lines] == ["delivery.order", "kafka.bootstrap_servers"]
+
+
+def test_commit_interval_when_a_transaction_would_time_out_before_its_end_then_it_is_refused() -> None:
+    [line] = problems(delivery__guarantee="exactly-once", delivery__commit_interval_ms=4000)
+
+    assert line.startswith("delivery.commit_interval_ms") and "a third" in line and "(3333)" in line
+    assert load(delivery__commit_interval_ms=4000).delivery.commit_interval_ms == 4000
 
 
 def secured(**security: object) -> dict[str, object]:

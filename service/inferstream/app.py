@@ -29,6 +29,8 @@ from inferstream.kafka.last_result import warn_of_another_model
 from inferstream.kafka.preflight import Cluster, inspect
 from inferstream.kafka.sink import BATCH_BYTES, OutputTopic, Sink
 from inferstream.kafka.source import Source
+from inferstream.kafka.transactions import Transactions, end_predecessor
+from inferstream.kafka.txn_protocol import TransactionalProducer
 from inferstream.models.loading import Loaded, load
 from inferstream.pipeline import Pipeline
 from inferstream.settings import Settings
@@ -105,6 +107,17 @@ async def _run(
     cluster = await _unless(stopping, looking)
     if cluster is None:
         return
+    exactly_once = settings.delivery.guarantee == "exactly-once"
+    if exactly_once:
+        # Before the model loads: until then, what a predecessor left open holds its readers back.
+        ending = start_with_retry(
+            settings.kafka,
+            lambda: end_predecessor(lambda: transactional_producer(settings)),
+            settings.kafka.connect_timeout_s,
+        )
+        await _unless(stopping, ending)
+        if stopping.is_set():
+            return
     codec = Codec.from_settings(settings, result_limit=cluster.output_limit)
     loaded = await _unless(stopping, _in_thread(lambda: load_model(settings, codec.embedding)))
     if loaded is None:
@@ -124,7 +137,11 @@ async def _run(
     flops_of = loaded.flops.of if loaded.flops is not None else None
     pipeline = Pipeline(settings, codec, loaded.task, loaded.device, metrics, timeline, failed, flops_of)
     source = Source(settings, pipeline, watch, timeline)
-    sink = make_sink(settings, cluster, pipeline, failed, timeline)
+    sink: Sink
+    if exactly_once:
+        sink = source.settler = make_transactions(settings, cluster, pipeline, failed, timeline, source)
+    else:
+        sink = make_sink(settings, cluster, pipeline, failed, timeline)
     pipeline.sink = sink
     watch.follow(pipeline, source, sink, loaded.peak)
     duties: list[asyncio.Future[Any]] = [failure, source.failures()]
@@ -191,25 +208,64 @@ def make_sink(
     failed: Callable[[BaseException], None],
     timeline: Timeline,
 ) -> Sink:
-
-    def make_producer() -> AIOKafkaProducer:
-        return AIOKafkaProducer(
-            **client_options(settings.kafka),
-            enable_idempotence=True,  # a retry cannot write twice or out of order
-            acks="all",
-            linger_ms=0,  # batches come closed; waiting would only add latency
-            max_batch_size=BATCH_BYTES,
-            compression_type=None if settings.output.compression == "none" else settings.output.compression,
-        )
-
+    output, dead_letters = _targets(settings, cluster)
     return Sink(
-        make_producer,
-        OutputTopic(settings.output.topic, cluster.output_partitions, cluster.output_limit),
-        OutputTopic(settings.dead_letter.topic, cluster.dead_letter_partitions, cluster.dead_letter_limit),
+        lambda: AIOKafkaProducer(**_producer_options(settings)),
+        output,
+        dead_letters,
         cluster.input_partitions,
         pipeline,
         failed,
         timeline,
+    )
+
+
+def make_transactions(
+    settings: Settings,
+    cluster: Cluster,
+    pipeline: Pipeline,
+    failed: Callable[[BaseException], None],
+    timeline: Timeline,
+    source: Source,
+) -> Transactions:
+    output, dead_letters = _targets(settings, cluster)
+    return Transactions(
+        settings,
+        lambda: transactional_producer(settings),
+        output,
+        dead_letters,
+        cluster.input_partitions,
+        pipeline,
+        failed,
+        timeline,
+        source.consumer,
+    )
+
+
+def transactional_producer(settings: Settings) -> TransactionalProducer:
+    assert settings.kafka.transactional_id is not None  # derived where it is not set
+    return TransactionalProducer(
+        settings.kafka.transactional_id,
+        transaction_timeout_ms=settings.delivery.transaction_timeout_ms,
+        **_producer_options(settings),
+    )
+
+
+def _producer_options(settings: Settings) -> dict[str, Any]:
+    return {
+        **client_options(settings.kafka),
+        "enable_idempotence": True,  # a retry cannot write twice or out of order
+        "acks": "all",
+        "linger_ms": 0,  # batches come closed; waiting would only add latency
+        "max_batch_size": BATCH_BYTES,
+        "compression_type": None if settings.output.compression == "none" else settings.output.compression,
+    }
+
+
+def _targets(settings: Settings, cluster: Cluster) -> tuple[OutputTopic, OutputTopic]:
+    return (
+        OutputTopic(settings.output.topic, cluster.output_partitions, cluster.output_limit),
+        OutputTopic(settings.dead_letter.topic, cluster.dead_letter_partitions, cluster.dead_letter_limit),
     )
 
 

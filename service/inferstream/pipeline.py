@@ -412,7 +412,8 @@ class Pipeline:
     def _uncommitted_share(self) -> int:
         return max(1, self._max_uncommitted // max(1, len(self._lanes)))
 
-    def acknowledged(self, slots: list[Slot]) -> None:
+    def acknowledged(self, slots: list[Slot], *, committed: bool = False) -> None:
+        """The broker has the slots' outcomes; ``committed``: and the group's offsets cover them."""
         now_ms = time.time() * 1000
         ages: list[float] = []
         given: dict[Lane, list[int]] = {}
@@ -431,11 +432,24 @@ class Pipeline:
         share = self._uncommitted_share
         for lane, (weight, count) in given.items():
             self.credit.give(lane, weight, 0, count)
-            if 2 * (lane.settled - self._committed[lane]) >= share:
+            if committed:
+                self._committed[lane] = lane.settled
+            elif 2 * (lane.settled - self._committed[lane]) >= share:
                 self.commit_due.set()
         self._metrics.end_to_end(ages)
         self._credit_freed.set()
         self._moved.set()
+
+    def handed_over(self, lane: Lane) -> None:
+        """Under exactly-once: what the lane has released is in the open transaction, which may have to end soon."""
+        assert self.sink is not None
+        finished = lane in self._closing and 0 < len(lane) == lane.unsettled
+        if (
+            finished
+            or 2 * lane.unsettled >= self._uncommitted_share
+            or 2 * self.sink.queued >= self.credit.max_documents  # nothing can be read until it is committed
+        ):
+            self.commit_due.set()
 
     def refused(self, slot: Slot, error: KafkaError) -> Outgoing:
         """The broker will never take this outcome: a result is dead-lettered; a dead letter stripped, or the end."""

@@ -4,8 +4,8 @@
 the tests, so that a download does not count against the first test's time.
 
 One KRaft node, broker and controller in one process, on ports of its own, with the same properties both ways.
-Not like production: one replica, a small heap, 4 partitions for the internal topics, and no delay before the
-first rebalance, so that a group settles at once.
+Not like production: one replica, a small heap, 4 partitions for the internal topics, no delay before the
+first rebalance, so that a group settles at once, and transactions that are over are looked for twice a second.
 """
 
 from __future__ import annotations
@@ -255,6 +255,7 @@ def properties(
         "transaction.state.log.num.partitions": "4",
         "share.coordinator.state.topic.replication.factor": "1",
         "share.coordinator.state.topic.min.isr": "1",
+        "transaction.abort.timed.out.transaction.cleanup.interval.ms": "500",
         "group.initial.rebalance.delay.ms": "0",
         **(overrides or {}),
     }

@@ -11,7 +11,8 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Protocol
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import (
@@ -25,8 +26,10 @@ from aiokafka.errors import (
     for_code,
 )
 from aiokafka.protocol.commit import OffsetCommitRequest
+from aiokafka.structs import OffsetAndMetadata
 
 from inferstream.kafka.epochs import Epoch, current_identity
+from inferstream.lanes import Lane
 from inferstream.telemetry.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,33 @@ class CommitRefused(CommitFailed):
     """The broker refuses the commit for want of a right; the message is its error's name."""
 
 
+class Settler(Protocol):
+    """What makes the progress of lanes durable: OffsetCommit, or a transaction (``transactions.py``)."""
+
+    async def settle(
+        self, epoch: Epoch, committed: Mapping[Lane, int], metadata: Mapping[str, str], timeout_s: float
+    ) -> dict[Lane, tuple[int, int]]:
+        """Commit what has moved past ``committed`` (lane → offset), with the metadata of each topic.
+
+        Gives, for each lane that moved, the offset that is committed now and how many settled slots it covers.
+        Raises EpochEnded, CommitRefused or CommitFailed.
+        """
+        ...
+
+    async def offsets(
+        self, assigned: Collection[TopicPartition], others: Collection[TopicPartition]
+    ) -> Mapping[TopicPartition, OffsetAndMetadata]:
+        """The group's committed offsets; partitions without one are left out.
+
+        Those of ``assigned`` are to start from; those of ``others`` may be about to change.
+        """
+        ...
+
+    def abandon(self) -> None:
+        """The epoch is over: what of it is not settled must not be settled any more."""
+        ...
+
+
 _ENDED = (UnknownMemberIdError, IllegalGenerationError, RebalanceInProgressError)
 _REFUSED = (GroupAuthorizationFailedError, TopicAuthorizationFailedError)
 
@@ -58,6 +88,30 @@ class Committer:
         self._consumer = consumer
         self._group_id = group_id
         self._lock = asyncio.Lock()
+
+    async def settle(
+        self, epoch: Epoch, committed: Mapping[Lane, int], metadata: Mapping[str, str], timeout_s: float
+    ) -> dict[Lane, tuple[int, int]]:
+        """Commit the watermarks; see :class:`Settler`."""
+        moved = {
+            tp: lane
+            for tp, lane in epoch.lanes.items()
+            if lane in committed and lane.watermark > committed[lane]
+        }
+        offsets = {tp: (lane.watermark, metadata.get(tp.topic, "")) for tp, lane in moved.items()}
+        covered = {lane: (lane.watermark, lane.settled) for lane in moved.values()}
+        await self.commit(epoch, offsets, timeout_s)
+        return covered
+
+    async def offsets(
+        self, assigned: Collection[TopicPartition], others: Collection[TopicPartition]
+    ) -> Mapping[TopicPartition, OffsetAndMetadata]:
+        found: Mapping[TopicPartition, OffsetAndMetadata]
+        found = await self._consumer._coordinator.fetch_committed_offsets([*assigned, *others])
+        return found
+
+    def abandon(self) -> None:
+        """What was handed to the producer may still land, and is then repeated by the next owner."""
 
     async def commit(
         self, epoch: Epoch, offsets: Mapping[TopicPartition, tuple[int, str]], timeout_s: float

@@ -11,14 +11,20 @@ take each other's fresh commits for an old group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.structs import OffsetAndMetadata
 
 from inferstream.errors import InferstreamError
 
+# Committed offsets of the partitions that are assigned, and of others.
+Fetch = Callable[
+    [Collection[TopicPartition], Collection[TopicPartition]],
+    Awaitable[Mapping[TopicPartition, OffsetAndMetadata]],
+]
 Start = Literal["earliest", "latest", "error"]
 _FIRST_PARTITIONS = "partitions="
 
@@ -91,12 +97,13 @@ class Opening:
 
 async def open_positions(
     consumer: AIOKafkaConsumer,
+    fetch: Fetch,
     group_id: str,
     assigned: set[TopicPartition],
     start: Start,
     timeout_ms: int,
 ) -> Opening:
-    """Look up committed offsets and the ends of the log, and apply the policy.
+    """Look up committed offsets (``fetch``) and the ends of the log, and apply the policy.
 
     Raises NoStartOffset, or aiokafka's KafkaError.
     """
@@ -104,7 +111,7 @@ async def open_positions(
     for topic in {tp.topic for tp in assigned}:
         partitions[topic] = len(consumer.partitions_for_topic(topic) or ())
     everything = {TopicPartition(topic, n) for topic, count in partitions.items() for n in range(count)}
-    fetched = await consumer._coordinator.fetch_committed_offsets(list(everything | assigned))
+    fetched = await fetch(assigned, everything - assigned)
     committed = {tp: Committed(entry.offset, entry.metadata or "") for tp, entry in fetched.items()}
     decided = starts(assigned, partitions, committed, start)
     missing = sorted(tp for tp, where in decided.items() if where == "error")

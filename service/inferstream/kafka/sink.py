@@ -75,12 +75,25 @@ class _Sender:
         self._partition = partition
         self.queue: deque[Slot] = deque()
         self.sending = 0  # how many at the head of the queue are with the producer
-        self._limit = 0  # at most this many records in the next batch; 0 = no limit (no refusal under way)
-        self._strikes = 0  # how often the record at the head was refused alone
+        self._suspect: Slot | None = None  # the first record of what was refused and is being split
+        self._limit = 0  # at most this many records in the batch that begins with it
+        self._strikes = 0  # how often it was refused alone
         self._refused_since: float | None = None  # since when a right or the topic is missing
         self._wake = asyncio.Event()
         self._track = f"send-{topic.name}-{partition}"
-        self.task = asyncio.create_task(self._run(), name=self._track)
+        self.task = self._start()
+
+    def _start(self) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._run(), name=self._track)
+        task.add_done_callback(self._sink.task_ended)
+        return task
+
+    async def restart(self) -> None:
+        """Stop waiting for the producer, forget what is queued, and begin anew."""
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+        self.queue.clear()
+        self.task = self._start()
 
     def put(self, slots: Sequence[Slot]) -> None:
         self.queue.extend(slots)
@@ -90,10 +103,7 @@ class _Sender:
     def forget_dropped(self) -> None:
         """Take out what was not handed to the producer and belongs to an ended epoch."""
         handed = self.sending
-        kept = [slot for n, slot in enumerate(self.queue) if n < handed or slot.state != DROPPED]
-        if self._strikes and kept[:1] != [self.queue[0]]:
-            self._strikes = 0  # they were the dropped record's
-        self.queue = deque(kept)
+        self.queue = deque(slot for n, slot in enumerate(self.queue) if n < handed or slot.state != DROPPED)
 
     async def _run(self) -> None:
         while True:
@@ -109,12 +119,13 @@ class _Sender:
         batch = producer.create_batch()
         limit = min(BATCH_BYTES, self._topic.max_message_bytes - BATCH_OVERHEAD)
         now = int(time.time() * 1000)  # a record's timestamp is its production time
+        most = self._limit if self.queue[0] is self._suspect else len(self.queue)
         size = count = 0
         for slot in self.queue:
             outgoing = slot.outcome
             assert outgoing is not None  # it was released and is not acknowledged
             grown = size + outgoing.size
-            if count and (grown > limit or count == self._limit):
+            if count and (grown > limit or count == most or slot is self._suspect):
                 break
             taken = batch.append(
                 timestamp=now, key=outgoing.key, value=outgoing.value, headers=list(outgoing.headers)
@@ -125,28 +136,30 @@ class _Sender:
         batch.close()
         self.sending = count
         started = time.monotonic()
-        handed_over = later = False
+        handed_over = failed = later = False
         self._sink.left()
         try:
             future = await producer.send_batch(batch, self._topic.name, partition=self._partition)
             handed_over = True
             await future
         except KafkaError as error:
-            if handed_over:
-                # its sequence numbers are used up: the next batch of this partition would be refused
-                self._sink.replace(producer)
+            failed = True
+            self._sink.publishing_failed(producer, error, handed_over)
             later = self._failed(error, count)
         else:
             self._sink.timeline.span(self._track, "publish", started, time.monotonic(), records=count)
             sent = [self.queue.popleft() for _ in range(count)]
-            self._limit = max(0, self._limit - count)
-            self._strikes = 0
+            if sent[0] is self._suspect:
+                self._limit -= count
+                self._strikes = 0
+                self._suspect = self.queue[0] if self._limit > 0 and self.queue else None
             self._refused_since = None
             self._sink.acknowledged(sent)
         finally:
             self.sending = 0
             self._sink.came_back()
-        self.forget_dropped()  # what failed for an ended epoch is not sent again
+        if failed:
+            self.forget_dropped()  # what failed for an ended epoch is not sent again
         if later:
             await asyncio.sleep(ERROR_BACKOFF_S)
 
@@ -162,13 +175,18 @@ class _Sender:
             return True
         if count > 1:
             log.warning("a batch was refused; splitting it", extra={"to": where, "records": count})
+            self._suspect = self.queue[0]
             self._limit = count // 2
+            self._strikes = 0
             return False
+        if self.queue[0] is not self._suspect:
+            self._suspect = self.queue[0]
+            self._strikes = 0
         self._strikes += 1
         self._limit = 1
         if self._strikes < (UNKNOWN_ERROR_STRIKES if isinstance(error, UnknownError) else 1):
             return True
-        self._strikes = self._limit = 0
+        self._suspect = None
         self._sink.reroute(self.queue.popleft(), error)
         return False
 
@@ -252,7 +270,6 @@ class Sink:
         sender = self._senders.get((topic.name, partition))
         if sender is None:
             sender = self._senders[topic.name, partition] = _Sender(self, topic, partition)
-            sender.task.add_done_callback(self._ended)
         return sender
 
     def forget_dropped(self) -> None:
@@ -282,12 +299,15 @@ class Sink:
             slot.outcome = self._acknowledgements.refused(slot, error)
             self._queue(slot, slot.outcome)
 
-    def replace(self, producer: AIOKafkaProducer) -> None:
-        """Throw the producer away, once, and make a new one."""
-        if producer is self.producer and self.producing.is_set():
+    def publishing_failed(self, producer: AIOKafkaProducer, error: KafkaError, handed_over: bool) -> None:
+        """A batch failed; if the producer had it already, the producer is thrown away, once, for a new one.
+
+        The batch's sequence numbers are used up: the next one of its partition would be refused.
+        """
+        if handed_over and producer is self.producer and self.producing.is_set():
             self.producing.clear()
             self._replacing = asyncio.create_task(self._replace(producer), name="replace-producer")
-            self._replacing.add_done_callback(self._ended)
+            self._replacing.add_done_callback(self.task_ended)
 
     async def _replace(self, old: AIOKafkaProducer) -> None:
         # The senders whose batches are healthy get their answers from the old producer; the others come
@@ -306,7 +326,8 @@ class Sink:
         self.producer = fresh
         self.producing.set()
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def task_ended(self, task: asyncio.Task[None]) -> None:
+        """What ends a task of ours ends the process."""
         if not task.cancelled() and (error := task.exception()) is not None:
             self._failed(error)
 

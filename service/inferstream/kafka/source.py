@@ -26,7 +26,7 @@ from aiokafka.errors import (
 )
 
 from inferstream.errors import InferstreamError, KafkaRefused
-from inferstream.kafka.commit import CommitFailed, CommitRefused, Committer, EpochEnded
+from inferstream.kafka.commit import CommitFailed, CommitRefused, Committer, EpochEnded, Settler
 from inferstream.kafka.connection import client_options, stop_client
 from inferstream.kafka.epochs import Epoch, current_identity
 from inferstream.kafka.offsets import OffsetLost, Opening, open_positions
@@ -122,6 +122,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             value_deserializer=None,
         )
         self._committer = Committer(self.consumer, kafka.group_id, timeline)
+        self.settler: Settler = self._committer  # under exactly-once, the transactions
         self._epoch: Epoch | None = None
         self._closing_epoch: Epoch | None = None
         self._epochs = 0
@@ -351,6 +352,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             try:
                 return await open_positions(
                     self.consumer,
+                    self.settler.offsets,
                     self._settings.kafka.group_id,
                     assigned,
                     self._settings.input.start,
@@ -452,6 +454,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         finally:
             self._closing_epoch = None
             self._intake.drop_lanes(lanes)
+            self.settler.abandon()
             for lane in lanes:
                 self._committed.pop(lane, None)
             self._closed.set()
@@ -470,17 +473,8 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         return await self._settle(epoch, self._commit_timeout_s)
 
     async def _settle(self, epoch: Epoch, timeout_s: float) -> bool:
-        moved = {
-            tp: lane
-            for tp, lane in epoch.lanes.items()
-            if lane in self._committed and lane.watermark > self._committed[lane]
-        }
-        if not moved:
-            return True
-        offsets = {tp: (lane.watermark, self._metadata.get(tp.topic, "")) for tp, lane in moved.items()}
-        settled = {lane: lane.settled for lane in moved.values()}
         try:
-            await self._committer.commit(epoch, offsets, timeout_s)
+            covered = await self.settler.settle(epoch, self._committed, self._metadata, timeout_s)
         except EpochEnded as error:
             self._listener.commit_ended("epoch_ended")
             log.warning("not committed: the epoch has ended", extra={"error": str(error)})
@@ -493,12 +487,12 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             self._listener.commit_ended("failed")
             log.warning("not committed; trying again", extra={"error": str(error)})
             return False
-        self._listener.commit_ended("ok")
-        for tp, lane in moved.items():
-            offset = offsets[tp][0]
+        if covered:
+            self._listener.commit_ended("ok")
+        for lane, (offset, settled) in covered.items():
             if lane in self._committed:
                 self._committed[lane] = offset
-            self._intake.committed(lane, settled[lane])
+            self._intake.committed(lane, settled)
         return True
 
     def lags(self) -> dict[tuple[str, int], tuple[int, int]]:

@@ -12,7 +12,10 @@ COMMIT_SHARE = 0.25  # a commit may take this share of delivery.revoke_timeout_s
 REBALANCE_SHARE = 0.6  # and both together this share of the rebalance, which others need as well
 
 # What stands in the tree and does nothing yet: setting it deserves a word, but breaks nothing.
-WITHOUT_EFFECT = ("kafka.transactional_id", "delivery.transaction_timeout_ms", "delivery.max_crash_attempts")
+WITHOUT_EFFECT = ("delivery.max_crash_attempts",)
+# What only exactly-once looks at.
+OF_TRANSACTIONS = ("kafka.transactional_id", "delivery.transaction_timeout_ms")
+TRANSACTION_SHARE = 3  # a tick may take a third of the transaction's timeout, and committing it another
 
 _PASSWORD_VARIABLE = SETTINGS["kafka.security.password"].variable
 
@@ -87,11 +90,14 @@ def _topics(settings: Settings) -> Iterator[Conflict]:
 def _guarantee(settings: Settings) -> Iterator[Conflict]:
     if settings.delivery.guarantee != "exactly-once":
         return
-    yield Conflict(
-        ("delivery.guarantee",),
-        "exactly-once is not yet in this version: use at-least-once, and let readers drop repeats by the "
-        "result's source (topic, partition, offset)",
-    )
+    delivery = settings.delivery
+    if delivery.commit_interval_ms * TRANSACTION_SHARE > delivery.transaction_timeout_ms:
+        yield Conflict(
+            ("delivery.commit_interval_ms", "delivery.transaction_timeout_ms"),
+            "a transaction lasts for a commit interval, and the broker would abort it while it is being committed: "
+            "delivery.commit_interval_ms must be at most a third of delivery.transaction_timeout_ms "
+            f"({delivery.transaction_timeout_ms // TRANSACTION_SHARE})",
+        )
     if settings.delivery.order == "none":
         yield Conflict(
             ("delivery.order", "delivery.guarantee"),
@@ -160,7 +166,11 @@ def _about(*names: str, text: str) -> Conflict:
 
 
 def without_effect(settings: Settings) -> Iterator[Conflict]:
-    """What is set and does nothing in this version."""
+    """What is set and does nothing."""
     for key in WITHOUT_EFFECT:
         if value_of(settings, key) != SETTINGS[key].default:
             yield Conflict((key,), f"{show(value_of(settings, key))} has no effect in this version")
+    if settings.delivery.guarantee == "at-least-once":
+        for key in OF_TRANSACTIONS:
+            if value_of(settings, key) != SETTINGS[key].default:
+                yield Conflict((key,), f"{show(value_of(settings, key))} has no effect under at-least-once")

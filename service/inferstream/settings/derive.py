@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,8 @@ Derivations = dict[str, tuple[Any, str]]
 
 
 def derive_names(settings: Settings) -> Settings:
-    """Fill what follows from other settings: the dead-letter topic, the client id, the commit interval."""
+    """Fill what follows from other settings: the dead-letter topic, the client id, the commit interval, the
+    transactional id."""
     found: Derivations = {}
     if not settings.dead_letter.topic and settings.output.topic:
         name = f"{settings.output.topic}.dead-letters"
@@ -35,6 +37,9 @@ def derive_names(settings: Settings) -> Settings:
     delivery = settings.delivery
     if delivery.guarantee == "exactly-once" and "commit_interval_ms" not in delivery.model_fields_set:
         found["delivery.commit_interval_ms"] = (100, "what readers wait for under exactly-once")
+    if delivery.guarantee == "exactly-once" and settings.kafka.transactional_id is None:
+        unique = f"{settings.kafka.group_id}-{uuid.uuid4().hex[:12]}"
+        found["kafka.transactional_id"] = (unique, "kafka.group_id and what no other worker has")
     return _filled(settings, found)
 
 

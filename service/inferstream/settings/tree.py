@@ -177,11 +177,12 @@ class Kafka(Section):
     drains: what is scaled down stalls its partitions for a whole session timeout."""
 
     transactional_id: Annotated[Text | None, Auto("`<group>-<unique>`")] = None
-    """The transactional id under ``delivery.guarantee: exactly-once``, which is not yet in this version:
-    until then this has no effect.
+    """The transactional id under ``delivery.guarantee: exactly-once``; without effect under at-least-once.
 
-    It must be unique to each worker; the same one after a restart lets a worker abort what its predecessor
-    left open at once."""
+    It must be unique to each worker: of two live workers with the same one, one ends with exit code 3.  One that
+    is the same after a restart (a StatefulSet's pod name) lets a worker end what its predecessor left open as soon as
+    it starts; otherwise that holds readers back until ``delivery.transaction_timeout_ms`` is over.  With ACLs, the
+    worker needs WRITE and DESCRIBE on it."""
 
     session_timeout_ms: Annotated[int, Field(ge=1000, le=1_800_000)] = 45_000
     """How long the group waits for a heartbeat before it gives this worker's partitions to others, in
@@ -459,8 +460,10 @@ class Delivery(Section):
     """What a reader of the results can rely on after a crash.  ``at-least-once``: every document has its
     result, and at most ``delivery.max_uncommitted_documents`` per worker have it twice.
 
-    ``exactly-once`` (one Kafka transaction per tick) is not yet in this version: it is refused at start (exit
-    2)."""
+    ``exactly-once``: a reader with ``isolation.level=read_committed`` sees each result once, whatever was killed.
+    Results, dead letters and offsets go into one Kafka transaction every ``delivery.commit_interval_ms``; results
+    are visible when it is committed.  It needs Apache Kafka 2.5 or later and ``delivery.order: partition``, and
+    readers without read_committed see the records of aborted transactions as well.  See docs/delivery.md."""
 
     order: Literal["partition", "none"] = "partition"
     """``partition``: results of one input partition appear in its order.  ``none`` writes each as soon as it
@@ -493,8 +496,12 @@ class Delivery(Section):
     ``kafka.rebalance_timeout_ms`` for its upper bound."""
 
     transaction_timeout_ms: Annotated[int, Field(ge=1000, le=900_000)] = 10_000
-    """Under ``exactly-once``, when the broker aborts an abandoned transaction, in milliseconds.  Not yet in
-    this version: until then this has no effect."""
+    """Under ``exactly-once``, when the broker aborts the transaction of a worker that is gone, in milliseconds;
+    without effect under at-least-once.
+
+    Until then such a transaction holds back the readers of the output topic and the next owner of its partitions.
+    At most the brokers' ``transaction.max.timeout.ms`` (900000 unless changed).  Lower hands over sooner; a worker that
+    pauses for longer than this does its last transaction again."""
 
     max_crash_attempts: Annotated[int, Field(ge=1, le=1000)] = 3
     """After how many crashes on the same stretch of a partition its documents are run one by one, to find the

@@ -1,0 +1,232 @@
+"""Promise 3 on a real Kafka: a reader with read_committed sees each result once, whatever was killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import orjson
+import pytest
+
+from tests.kafka.test_killed_in_the_middle import (
+    SLOW,
+    caught_up,
+    documents,
+    has_results,
+    make_topics,
+    results_so_far,
+    until,
+)
+from tests.kafka.test_life_cycle import assert_one_line
+from tests.support.client import Kafka
+from tests.support.judge import Verdict, judge
+from tests.support.worker import Worker, merged, settings
+
+EXACTLY_ONCE = {"delivery": {"guarantee": "exactly-once"}}
+# The shortest transaction timeout: a killed worker's transaction holds its successor back for that long.
+SLOW_ONCE = merged(
+    merged(SLOW, EXACTLY_ONCE), {"delivery": {"commit_interval_ms": 100, "transaction_timeout_ms": 3000}}
+)
+
+
+def tree_of(
+    kafka: Kafka, topics: tuple[str, str, str], changes: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return settings(kafka.bootstrap, *topics, changes or EXACTLY_ONCE)
+
+
+async def verdict_on(kafka: Kafka, source: str, target: str) -> Verdict:
+    """What a reader with read_committed finds: asserted to be each result once and in order."""
+    verdict = judge(await kafka.read_all(target), await kafka.read_all(f"{target}.dead-letters"))
+    assert verdict.missing(await kafka.end_offsets(source)) == []
+    assert verdict.repeats == 0
+    assert all(len(runs) == 1 for runs in verdict.runs.values())
+    return verdict
+
+
+async def drained(worker: Worker) -> None:
+    worker.terminate()
+    assert await worker.ended(40) == 0, worker.stderr_text()[-3000:]
+
+
+@pytest.mark.timeout(120)
+async def test_results_when_all_is_well_then_each_is_visible_once_in_order_and_offsets_with_them(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(kafka, "once", 5000)
+    await kafka.produce(source, [(b"k", b"no json", (), 1), (b"k", None, (), 2)])
+    worker = launch(tree_of(kafka, (source, target, group)))
+    await until(lambda: caught_up(kafka, group, source), 60, "the worker to catch up")
+    await drained(worker)
+
+    assert len(await kafka.read_all(f"{target}.dead-letters")) == 1
+    records = await kafka.read_all(target)
+    [tombstone] = [record for record in records if record.value is None]
+    assert tombstone.key == b"k"
+    verdict = judge([record for record in records if record.value is not None])
+    assert verdict.repeats == 0 and all(len(runs) == 1 for runs in verdict.runs.values())
+    assert sum(map(len, verdict.answered.values())) == 5000
+    assert "given up" not in worker.stderr_text()
+
+
+@pytest.mark.timeout(300)
+async def test_results_when_killed_five_times_then_each_is_visible_once_in_order(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    kills = 5
+    seed = random.SystemRandom().randrange(1 << 32)
+    chance = random.Random(seed)
+    print(f"seed {seed}")
+    source, target, group = await make_topics(kafka, "once-killed", 30_000)
+    tree = tree_of(kafka, (source, target, group), SLOW_ONCE)
+    for _ in range(kills):
+        goal = await results_so_far(kafka, target) + chance.randrange(200, 2500)
+        worker = launch(tree)
+        await until(partial(has_results, kafka, target, goal), 60, f"{goal} results")
+        worker.kill9()
+        await worker.ended(10)
+        assert not await caught_up(kafka, group, source), "the input ended before the kills did"
+    worker = launch(tree)
+    await until(lambda: caught_up(kafka, group, source), 120, "the last worker to finish")
+    await drained(worker)
+
+    await verdict_on(kafka, source, target)
+    everything = await kafka.read_all(target, isolation="read_uncommitted")
+    assert len(everything) > 30_000, "no kill met an open transaction: the test has shown nothing"
+
+
+@pytest.mark.timeout(240)
+async def test_results_when_drained_and_joined_by_others_then_each_is_visible_once_in_order(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    chance = random.Random(20_261_121)
+    source, target, group = await make_topics(kafka, "once-drained", 80_000)
+    tree = tree_of(kafka, (source, target, group), SLOW_ONCE)
+    worker = launch(tree)
+    for _ in range(3):  # the next one joins while the last one works, and then the last one leaves
+        goal = await results_so_far(kafka, target) + chance.randrange(500, 1500)
+        await until(partial(has_results, kafka, target, goal), 60, f"{goal} results")
+        other = launch(tree)
+        await other.says("assigned")
+        goal = await results_so_far(kafka, target) + chance.randrange(500, 1500)
+        await until(partial(has_results, kafka, target, goal), 60, f"{goal} results")
+        await drained(worker)
+        assert not await caught_up(kafka, group, source), "the input ended before the drains did"
+        worker = other
+    await until(lambda: caught_up(kafka, group, source), 120, "the last worker to finish")
+    await drained(worker)
+    await verdict_on(kafka, source, target)
+
+
+@pytest.mark.timeout(180)
+async def test_zombie_when_it_wakes_after_its_session_then_nothing_of_it_becomes_visible(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(kafka, "once-zombie", 20_000)
+    # Its transaction outlives its session: what stops it is the group, not the transaction's timeout.
+    tree = tree_of(
+        kafka, (source, target, group), merged(SLOW_ONCE, {"delivery": {"transaction_timeout_ms": 20_000}})
+    )
+    zombie = launch(tree)
+    await until(lambda: has_results(kafka, target, 1001), 60, "the first results")
+    os.kill(zombie.pid, signal.SIGSTOP)
+    other = launch(tree)
+    await other.says(r"assigned", 60)
+    os.kill(zombie.pid, signal.SIGCONT)
+    await until(lambda: caught_up(kafka, group, source), 100, "both to catch up")
+    await drained(other)
+    await drained(zombie)
+    await verdict_on(kafka, source, target)
+
+
+@pytest.mark.timeout(120)
+async def test_predecessor_when_it_has_our_transactional_id_then_its_transaction_ends_before_the_model_loads(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(kafka, "once-stable", 20_000)
+    stable = {
+        "kafka": {"transactional_id": kafka.unique("stable")},
+        "delivery": {"transaction_timeout_ms": 600_000},
+    }
+    tree = tree_of(kafka, (source, target, group), merged(SLOW_ONCE, stable))
+    worker = launch(tree)
+    await until(lambda: has_results(kafka, target, 1001), 60, "the first results")
+    worker.kill9()
+    await worker.ended(10)
+    # Without the id's first act, the open transaction would hold the results back for ten minutes.
+    worker = launch(tree)
+    await until(lambda: caught_up(kafka, group, source), 60, "the next worker to finish")
+    await drained(worker)
+    await verdict_on(kafka, source, target)
+
+
+@pytest.mark.timeout(120)
+async def test_transactional_id_when_two_live_workers_have_it_then_one_exits_3_naming_it(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(kafka, "once-fenced", 30_000)
+    name = kafka.unique("twice")
+    tree = tree_of(kafka, (source, target, group), merged(SLOW_ONCE, {"kafka": {"transactional_id": name}}))
+    first = launch(tree)
+    await until(lambda: has_results(kafka, target, 1001), 60, "the first results")
+    second = launch(tree)
+    workers = {first, second}
+
+    async def one_has_ended() -> Worker | None:
+        return next((worker for worker in workers if worker.returncode is not None), None)
+
+    ended = await until(one_has_ended, 60, "one of the two to end")
+    assert ended.returncode == 3, ended.stderr_text()[-3000:]
+    assert_one_line(ended, "kafka.transactional_id", name)
+    [other] = workers - {ended}
+    await until(lambda: caught_up(kafka, group, source), 60, "the other to finish")
+    await drained(other)
+    await verdict_on(kafka, source, target)
+
+
+@pytest.mark.timeout(120)
+async def test_result_when_larger_than_the_topic_takes_then_its_mates_and_its_dead_letter_are_visible_once(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source = await kafka.create_topic(kafka.unique("once-large-in"))
+    target = await kafka.create_topic(kafka.unique("once-large-out"), configs={"max.message.bytes": "20000"})
+    await kafka.create_topic(f"{target}.dead-letters", configs={"max.message.bytes": str(2 << 20)})
+    records = documents(2000)
+    # The worker is told that the topic takes more than it does, so that the broker is the one to refuse.
+    noise = random.Random(1).randbytes(40_000).hex()
+    records[700] = (b"big", orjson.dumps({"id": 700, "text": "t", "metadata": {"noise": noise}}))
+    await kafka.produce(source, records)
+    group = kafka.unique("once-large")
+    changes = merged(EXACTLY_ONCE, {"output": {"max_message_bytes": 1 << 20}})
+    worker = launch(tree_of(kafka, (source, target, group), changes))
+    await until(lambda: caught_up(kafka, group, source), 60, "the worker to catch up")
+    await drained(worker)
+
+    [dead] = await kafka.read_all(f"{target}.dead-letters")
+    assert dict(dead.headers)["inferstream.error.reason"] == b"record_refused"
+    await verdict_on(kafka, source, target)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"delivery": {"order": "none"}}, ("delivery.order",)),
+        ({"kafka": {"bootstrap_servers": ["embedded"]}}, ("kafka.bootstrap_servers",)),
+        (
+            {"delivery": {"commit_interval_ms": 5000}},
+            ("delivery.commit_interval_ms", "delivery.transaction_timeout_ms"),
+        ),
+    ],
+    ids=["order", "embedded", "timeout"],
+)
+async def test_settings_when_they_cannot_go_with_exactly_once_then_exits_2_naming_them(
+    launch: Callable[..., Worker], changes: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    worker = launch(settings("127.0.0.1:1", "in", "out", "g", merged(EXACTLY_ONCE, changes)))
+    assert await worker.ended(30) == 2
+    story = worker.stderr_text()
+    assert "Traceback" not in story and all(word in story for word in words), story
