@@ -309,16 +309,6 @@ def test_float16_when_the_model_runs_on_the_cpu_then_it_is_refused_before_the_mo
     assert resolve(settings, "cuda", 2).model.dtype == "float16"
 
 
-def test_setting_when_it_has_no_effect_yet_then_a_warning_says_so() -> None:
-    flags = {"kafka.bootstrap_servers": "b:1", "delivery.max_crash_attempts": 5}
-
-    loaded = load_settings(environ={}, flags=flags, require=False, image_file=NO_IMAGE_FILE)
-
-    assert loaded.warnings == (
-        "delivery.max_crash_attempts: 5 has no effect in this version [flag --delivery.max-crash-attempts]",
-    )
-
-
 # ---- derivation
 
 

@@ -146,6 +146,22 @@ class Pipeline:
         now_ms = time.time() * 1000
         self._metrics.record_ages([(now_ms - record.timestamp) / 1000 for record in records])
 
+    def condemn(self, lane: Lane, record: Any) -> None:
+        """Give a record its dead letter unseen: it killed the process."""
+        weight = weight_of(record)
+        slot = lane.admit(record, weight)
+        self.credit.take(lane, weight)
+        self._metrics.records_consumed(lane.topic, 1)
+        rejected = Rejected(
+            Reason.PROCESS_KILLED,
+            "the process died again and again, the last time while it ran this document alone",
+            Stage.DEVICE,
+        )
+        self._finished([(slot, self._codec.dead_letter(record, rejected))])
+
+    def commit_soon(self) -> None:
+        self.commit_due.set()
+
     # ---- prepare
 
     def _prepare(

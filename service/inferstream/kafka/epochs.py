@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
+from inferstream.kafka.caution import Caution
 from inferstream.lanes import Lane
 
 
@@ -48,4 +49,9 @@ class Epoch:
     lanes: dict[TopicPartition, Lane]
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     closing: bool = False
+    noted: set[TopicPartition] = field(
+        default_factory=set
+    )  # whose commits say that a process may be dying of them
+    condemned: dict[TopicPartition, int] = field(default_factory=dict)
+    caution: Caution | None = None
     opener: asyncio.Task[None] | None = None

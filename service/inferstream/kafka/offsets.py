@@ -3,22 +3,23 @@
 A start is decided once and committed before the first record is admitted, so that a crash before the first
 ordinary commit finds the same start again (with ``latest`` it would otherwise skip what arrived meanwhile).
 
-Each commit carries ``partitions=N`` in its metadata: how many partitions the topic had when the group first
-read it.  A partition numbered N or above that has no commit was born later, and is read from its beginning
-whatever ``input.start`` says; partition counts never shrink, so members starting at the same time cannot
-take each other's fresh commits for an old group.
+Each commit notes how many partitions the topic had when the group first read it (see ``notes.py``).  A partition
+numbered so or above that has no commit was born later, and is read from its beginning whatever ``input.start``
+says; partition counts never shrink, so members starting at the same time cannot take each other's fresh commits
+for an old group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 
 from inferstream.errors import InferstreamError
+from inferstream.kafka.notes import Note
 
 # Committed offsets of the partitions that are assigned, and of others.
 Fetch = Callable[
@@ -26,26 +27,14 @@ Fetch = Callable[
     Awaitable[Mapping[TopicPartition, OffsetAndMetadata]],
 ]
 Start = Literal["earliest", "latest", "error"]
-_FIRST_PARTITIONS = "partitions="
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A committed offset with its metadata."""
+    """A committed offset and what it notes."""
 
     offset: int
-    metadata: str
-
-    @property
-    def first_partitions(self) -> int | None:
-        for word in self.metadata.split(";"):
-            if word.startswith(_FIRST_PARTITIONS) and word[len(_FIRST_PARTITIONS) :].isdigit():
-                return int(word[len(_FIRST_PARTITIONS) :])
-        return None
-
-
-def commit_metadata(first_partitions: int) -> str:
-    return f"{_FIRST_PARTITIONS}{first_partitions}"
+    note: Note
 
 
 def starts(
@@ -73,7 +62,7 @@ def first_partitions(
     noted = [
         first
         for tp, entry in committed.items()
-        if tp.topic == topic and (first := entry.first_partitions) is not None
+        if tp.topic == topic and (first := entry.note.partitions) is not None
     ]
     return min(noted, default=partitions.get(topic, 0))
 
@@ -88,11 +77,15 @@ class OffsetLost(InferstreamError):
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """What an epoch starts with: positions, which of them are not committed yet, and the metadata to keep."""
+    """What an epoch starts with: where each partition starts and ends, and what its commit notes.
+
+    ``committed`` says which of them have a commit.
+    """
 
     positions: dict[TopicPartition, int]
-    fresh: set[TopicPartition]
-    metadata: dict[str, str]
+    ends: dict[TopicPartition, int]
+    committed: set[TopicPartition]
+    notes: dict[TopicPartition, Note]
 
 
 async def open_positions(
@@ -112,7 +105,7 @@ async def open_positions(
         partitions[topic] = len(consumer.partitions_for_topic(topic) or ())
     everything = {TopicPartition(topic, n) for topic, count in partitions.items() for n in range(count)}
     fetched = await fetch(assigned, everything - assigned)
-    committed = {tp: Committed(entry.offset, entry.metadata or "") for tp, entry in fetched.items()}
+    committed = {tp: Committed(entry.offset, Note.parse(entry.metadata)) for tp, entry in fetched.items()}
     decided = starts(assigned, partitions, committed, start)
     missing = sorted(tp for tp, where in decided.items() if where == "error")
     if missing:
@@ -122,14 +115,12 @@ async def open_positions(
             "latest, or commit a start with kafka-consumer-groups --reset-offsets"
         )
     beginning = [tp for tp, where in decided.items() if where == "beginning"]
-    end = [tp for tp, where in decided.items() if where == "end"]
-    found: dict[TopicPartition, int] = {}
-    if beginning:
-        found |= await consumer._fetcher.beginning_offsets(beginning, timeout_ms)
-    if end:
-        found |= await consumer._fetcher.end_offsets(end, timeout_ms)
+    ends = await consumer._fetcher.end_offsets(list(assigned), timeout_ms)
+    found = ends | (await consumer._fetcher.beginning_offsets(beginning, timeout_ms) if beginning else {})
     positions = {tp: where if isinstance(where, int) else found[tp] for tp, where in decided.items()}
-    metadata = {
-        topic: commit_metadata(first_partitions(topic, partitions, committed)) for topic in partitions
+    first = {topic: first_partitions(topic, partitions, committed) for topic in partitions}
+    notes = {
+        tp: replace(committed[tp].note if tp in committed else Note(), partitions=first[tp.topic])
+        for tp in assigned
     }
-    return Opening(positions, set(found), metadata)
+    return Opening(positions, ends, assigned & committed.keys(), notes)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -26,9 +27,11 @@ from aiokafka.errors import (
 )
 
 from inferstream.errors import InferstreamError, KafkaRefused
+from inferstream.kafka.caution import Caution, judge
 from inferstream.kafka.commit import CommitFailed, CommitRefused, Committer, EpochEnded, Settler
 from inferstream.kafka.connection import client_options, stop_client
 from inferstream.kafka.epochs import Epoch, current_identity
+from inferstream.kafka.notes import Note
 from inferstream.kafka.offsets import OffsetLost, Opening, open_positions
 from inferstream.kafka.polling import poll
 from inferstream.kafka.refusals import certain, refusal_line, refusal_of
@@ -64,6 +67,14 @@ class Intake(Protocol):
         ...
 
     def admit(self, lane: Lane, records: Sequence[Any]) -> None: ...
+
+    def condemn(self, lane: Lane, record: Any) -> None:
+        """Dead-letter a record unseen: it killed the process."""
+        ...
+
+    def commit_soon(self) -> None:
+        """Do not wait for the next tick."""
+        ...
 
     async def wait_for_credit(self, timeout_s: float) -> None: ...
 
@@ -126,7 +137,8 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         self._epoch: Epoch | None = None
         self._closing_epoch: Epoch | None = None
         self._epochs = 0
-        self._metadata: dict[str, str] = {}
+        self._metadata: dict[str, str] = {}  # what the commits of a topic note where there is progress
+        self._notes: dict[TopicPartition, Note] = {}  # what the commits of an epoch's start noted
         self._committed: dict[Lane, int] = {}
         self._stopping = False
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -187,10 +199,14 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         limit = 0
         eligible: Sequence[Lane] = ()
         if epoch is not None and epoch.gate.is_set() and not epoch.closing:
+            if any(epoch.lanes[tp].watermark > self._committed[epoch.lanes[tp]] for tp in epoch.noted):
+                self._intake.commit_soon()
+            if epoch.caution is not None:
+                await self._poll_one(epoch, epoch.caution)
+                return
             eligible, limit = self._intake.poll_limit(list(epoch.lanes.values()))
         if epoch is None or not eligible or limit <= 0:
-            await self.consumer.getmany(NOTHING, timeout_ms=0)
-            await self._intake.wait_for_credit(KEEP_ALIVE_S)
+            await self._stay()
             return
         partitions = [TopicPartition(lane.topic, lane.partition) for lane in eligible]
         timeout_ms = POLL_TIMEOUT_MS if len(eligible) == len(epoch.lanes) else PARTIAL_POLL_TIMEOUT_MS
@@ -212,6 +228,52 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
                 self.last_admitted = time.monotonic()
         for lane in eligible:
             self._advance(lane)
+
+    async def _stay(self) -> None:
+        """Remain a member, and wait for credit."""
+        await self.consumer.getmany(NOTHING, timeout_ms=0)
+        await self._intake.wait_for_credit(KEEP_ALIVE_S)
+
+    async def _poll_one(self, epoch: Epoch, caution: Caution) -> None:
+        """Once nothing is in flight, admit one document, named in a commit: see ``caution.py``."""
+        if any(len(lane) for lane in epoch.lanes.values()):
+            await self._stay()
+            return
+        if not await self._settle(epoch, self._commit_timeout_s):  # takes the last one's name away
+            await asyncio.sleep(ERROR_BACKOFF_S)
+            return
+        lane = caution.turn()
+        if lane is None:
+            epoch.caution = None
+            log.info("going on with many documents at a time")
+            return
+        tp = TopicPartition(lane.topic, lane.partition)
+        fetched = await self.consumer.getmany(tp, timeout_ms=POLL_TIMEOUT_MS, max_records=1)
+        if epoch is not self._epoch or epoch.closing:
+            self._put_back(fetched)
+            return
+        caution.took(lane)
+        if not fetched:
+            self._advance(lane)
+            return
+        record = fetched[tp][0]
+        name = str(replace(self._notes[tp], suspect=record.offset))
+        try:
+            await self._committer.commit(epoch, {tp: (record.offset, name)}, self._commit_timeout_s)
+        except (EpochEnded, CommitFailed) as error:
+            log.warning("a document is not named yet", extra={"error": str(error)})
+            self._put_back(fetched)
+            await asyncio.sleep(ERROR_BACKOFF_S)
+            return
+        epoch.noted.add(tp)
+        self._committed[lane] = record.offset
+        if epoch is not self._epoch or epoch.closing:
+            self._put_back(fetched)
+        elif epoch.condemned.get(tp) == record.offset:
+            self._intake.condemn(lane, record)
+        else:
+            self._intake.admit(lane, [record])
+        self.last_admitted = time.monotonic()
 
     def _put_back(self, fetched: dict[TopicPartition, list[Any]]) -> None:
         """Undo a poll that a rebalance has overtaken.
@@ -319,18 +381,14 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             opening = await self._find_positions(epoch, assigned)
             if opening is None:
                 return
-            self._metadata |= opening.metadata
             for tp, position in opening.positions.items():
                 self.consumer.seek(tp, position)
                 epoch.lanes[tp].advance(position)
-            fresh = {
-                tp: (position, self._metadata.get(tp.topic, ""))
-                for tp, position in opening.positions.items()
-                if tp in opening.fresh
-            }
-            while fresh:
+                self._committed[epoch.lanes[tp]] = position
+            starts = self._judge(epoch, opening)
+            while starts:
                 try:
-                    await self._committer.commit(epoch, fresh, self._commit_timeout_s)
+                    await self._committer.commit(epoch, starts, self._commit_timeout_s)
                     break
                 except EpochEnded:
                     return
@@ -341,11 +399,33 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
                     await asyncio.sleep(ERROR_BACKOFF_S)
         if epoch is not self._epoch or epoch.closing:
             return
-        for tp, lane in epoch.lanes.items():
-            self._committed[lane] = lane.watermark
-            self._intake.open_lane(epoch.lanes[tp])
+        for lane in epoch.lanes.values():
+            self._intake.open_lane(lane)
         self._listener.assigned(list(epoch.lanes.values()))
         epoch.gate.set()
+
+    def _judge(self, epoch: Epoch, opening: Opening) -> dict[TopicPartition, tuple[int, str]]:
+        """What the notes say of documents that kill the process; gives the starts to commit."""
+        lagging = {tp for tp, position in opening.positions.items() if position < opening.ends[tp]}
+        verdict = judge(opening.notes, lagging, self._settings.delivery.max_crash_attempts)
+        self._notes = verdict.notes
+        self._metadata |= {tp.topic: str(Note(note.partitions)) for tp, note in verdict.notes.items()}
+        epoch.noted = {tp for tp, note in verdict.notes.items() if note.attempts or note.suspect is not None}
+        epoch.condemned = verdict.condemned
+        alone = {tp: killer + 1 for tp, killer in verdict.condemned.items()}
+        alone |= {tp: opening.ends[tp] for tp in verdict.suspected}
+        if alone:
+            log.warning(
+                "the process died again and again: one document at a time",
+                extra={"partitions": sorted(f"{tp.topic}:{tp.partition}" for tp in alone)},
+            )
+            ends = {epoch.lanes[tp]: end for tp, end in alone.items()}
+            epoch.caution = Caution(ends, self._settings.buffer.max_documents or 1)
+        return {
+            tp: (opening.positions[tp], str(note))
+            for tp, note in verdict.notes.items()
+            if tp not in opening.committed or note != opening.notes[tp]
+        }
 
     async def _find_positions(self, epoch: Epoch, assigned: set[TopicPartition]) -> Opening | None:
         while epoch is self._epoch and not epoch.closing:
@@ -441,6 +521,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         self._closed.clear()
         try:
             if not epoch.gate.is_set():
+                await self._clear_notes(epoch, epoch.noted, timeout_s)  # nothing was admitted
                 return True
             self._listener.revoked(lanes)
             if epoch.identity != current_identity(self.consumer):
@@ -449,8 +530,11 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             self._closing_epoch = epoch  # ticks go on: release may be waiting for a commit
             clean = await self._intake.close_lanes(lanes, timeout_s * (1 - COMMIT_RESERVE_S))
             self._closing_epoch = None
+            finished = {tp for tp in epoch.noted if not len(epoch.lanes[tp])}
             self._intake.drop_lanes(lanes)
-            return await self._settle(epoch, max(0.1, deadline - time.monotonic())) and clean
+            settled = await self._settle(epoch, max(0.1, deadline - time.monotonic()))
+            await self._clear_notes(epoch, finished & epoch.noted, max(0.1, deadline - time.monotonic()))
+            return settled and clean
         finally:
             self._closing_epoch = None
             self._intake.drop_lanes(lanes)
@@ -493,7 +577,18 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             if lane in self._committed:
                 self._committed[lane] = offset
             self._intake.committed(lane, settled)
+            epoch.noted.discard(TopicPartition(lane.topic, lane.partition))
         return True
+
+    async def _clear_notes(
+        self, epoch: Epoch, finished: Collection[TopicPartition], timeout_s: float
+    ) -> None:
+        """Take the notes off partitions that come to an orderly end without having moved."""
+        offsets = {tp: (epoch.lanes[tp].watermark, self._metadata[tp.topic]) for tp in finished}
+        try:
+            await self._committer.commit(epoch, offsets, timeout_s)
+        except (EpochEnded, CommitFailed) as error:
+            log.warning("attempts are still noted", extra={"error": str(error)})
 
     def lags(self) -> dict[tuple[str, int], tuple[int, int]]:
         """Records after the position, and after the committed offset, per owned partition.

@@ -1,4 +1,4 @@
-"""What two settings cannot be together, and what is not yet in this version."""
+"""What two settings cannot be together, and what does nothing beside another."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from inferstream.settings.tree import Settings
 COMMIT_SHARE = 0.25  # a commit may take this share of delivery.revoke_timeout_s
 REBALANCE_SHARE = 0.6  # and both together this share of the rebalance, which others need as well
 
-# What stands in the tree and does nothing yet: setting it deserves a word, but breaks nothing.
-WITHOUT_EFFECT = ("delivery.max_crash_attempts",)
 # What only exactly-once looks at.
 OF_TRANSACTIONS = ("kafka.transactional_id", "delivery.transaction_timeout_ms")
 TRANSACTION_SHARE = 3  # a tick may take a third of the transaction's timeout, and committing it another
@@ -166,10 +164,7 @@ def _about(*names: str, text: str) -> Conflict:
 
 
 def without_effect(settings: Settings) -> Iterator[Conflict]:
-    """What is set and does nothing."""
-    for key in WITHOUT_EFFECT:
-        if value_of(settings, key) != SETTINGS[key].default:
-            yield Conflict((key,), f"{show(value_of(settings, key))} has no effect in this version")
+    """What is set and does nothing: that deserves a word, but breaks nothing."""
     if settings.delivery.guarantee == "at-least-once":
         for key in OF_TRANSACTIONS:
             if value_of(settings, key) != SETTINGS[key].default:

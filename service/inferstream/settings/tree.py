@@ -504,8 +504,8 @@ class Delivery(Section):
     pauses for longer than this does its last transaction again."""
 
     max_crash_attempts: Annotated[int, Field(ge=1, le=1000)] = 3
-    """After how many crashes on the same stretch of a partition its documents are run one by one, to find the
-    one that kills the process.  Not yet in this version: until then this has no effect."""
+    """After how many crashes in a row without progress in a partition its next documents are run one by one, to
+    find the one that kills the process; it becomes a dead letter with the reason ``process_killed``."""
 
 
 class Telemetry(Section):
