@@ -22,7 +22,9 @@ ENVIRON = {
     "PYTHONPATH": str(ROOT / "service"),
     "COLUMNS": "120",
 }
-COMMANDS = ["run", "demo", "broker", "publish", "consume", "topics", "config", "bench"]
+LIST = ["dead-letters", "list", "--bootstrap", "localhost:1", "--topic", "a"]
+REPLAY = ["dead-letters", "replay", "--bootstrap", "localhost:1", "--topic", "a"]
+COMMANDS = ["run", "demo", "broker", "publish", "consume", "dead-letters", "topics", "config", "bench"]
 
 
 def inferstream(
@@ -70,7 +72,9 @@ def test_help_when_asked_for_then_nothing_heavy_is_imported() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", ["run", "broker", "publish", "consume", "topics", "config"])
+@pytest.mark.parametrize(
+    "command", ["run", "broker", "publish", "consume", "dead-letters", "topics", "config"]
+)
 def test_help_of_a_command_when_asked_for_then_it_shows_an_example(command: str) -> None:
     done = inferstream(command, "--help")
     assert done.returncode == 0, done.stderr
@@ -110,6 +114,16 @@ def test_version_when_asked_for_then_it_is_on_stdout() -> None:
         (["broker", "--topic", "a:99999999"], "at most 10,000"),
         (["broker", "--topic", "a:2", "--topic", "a:3"], "2 and with 3"),
         (["publish", "--bootstrap", "localhost:1", "--topic", "a", ""], "a name is empty"),
+        (["dead-letters", "list", "--bootstrap", "localhost:1"], "--topic: not given"),
+        ([*LIST, "--reason", "to_long"], "invalid_utf8, invalid_json, "),
+        ([*LIST, "--since", "yesterday"], "--since: 'yesterday' is no time"),
+        ([*LIST, "--since", "1h", "--until", "2h"], "--until 2h is not after --since 1h"),
+        ([*LIST, "--source", "a:b"], "--source: 'a:b'"),
+        (["dead-letters", "show", "--bootstrap", "localhost:1", "--topic", "a", "7"], "PARTITION:OFFSET"),
+        ([*REPLAY, "--to", "a"], "is the dead-letter topic itself"),
+        ([*REPLAY, "--dismiss", "--to", "b"], "--dismiss sends nothing"),
+        ([*REPLAY, "--max", "0"], "--max"),
+        ([*REPLAY, "--rate", "0"], "--rate"),
         (["bench", "--texts", "/no/such/file"], "/no/such/file: cannot be read: No such file"),
     ],
 )
@@ -124,7 +138,9 @@ def test_command_when_used_wrongly_then_it_says_so_in_a_line_and_exits_2(
     assert all(line.startswith("inferstream: error: ") for line in done.stderr.splitlines())
 
 
-@pytest.mark.parametrize("command", ["", "run", "demo", "config", "config show", "bench", "topics create"])
+@pytest.mark.parametrize(
+    "command", ["", "run", "demo", "config", "config show", "bench", "topics create", "dead-letters replay"]
+)
 def test_help_when_asked_for_with_one_letter_then_it_is_the_same(command: str) -> None:
     short = inferstream(*command.split(), "-h")
     assert short.returncode == 0
@@ -132,7 +148,7 @@ def test_help_when_asked_for_with_one_letter_then_it_is_the_same(command: str) -
 
 
 def test_help_when_it_lists_commands_then_no_summary_is_cut_off() -> None:
-    for command in ("", "config", "topics"):
+    for command in ("", "config", "topics", "dead-letters"):
         listed = inferstream(*command.split(), "--help", environ={"COLUMNS": "80"}).stdout
         assert [line for line in listed.partition("Commands:")[2].splitlines() if line.endswith("...")] == []
 

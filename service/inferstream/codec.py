@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 HEADER_PREFIX = "inferstream."
 SCHEMA_HEADER = ("inferstream.schema", b"result/1")
 STRIPPED_HEADER = "inferstream.stripped.value_bytes"
+ID_HEADER = "inferstream.id"
+REPLAYS_HEADER = "inferstream.replays"
 MAX_ID_BYTES = 1024
 MAX_MESSAGE_BYTES = 1024
 INEXACT_FLOAT = 2.0**53  # from here on a double stands for several integers
@@ -203,7 +205,7 @@ class Codec:
         if not self._is_valid(document):
             return self._refuse(document)
         if doc_id is None:
-            doc_id = f"{record.topic}:{record.partition}:{record.offset}"
+            doc_id = _first_id(record) or f"{record.topic}:{record.partition}:{record.offset}"
         elif type(doc_id) is str:
             if len(doc_id) > MAX_ID_BYTES // 4 and len(doc_id.encode()) > MAX_ID_BYTES:
                 return self._refuse_id(doc_id)
@@ -276,7 +278,10 @@ class Codec:
         return {"embedding_base64": text, "encoding": self._encoding, "dimensions": len(vector)}
 
     def dead_letter(self, record: Record, rejected: Rejected) -> Outgoing:
-        """The record as it came, with the reason in headers; those of an earlier pass are replaced."""
+        """The record as it came, with the reason in headers; those of an earlier pass are replaced.
+
+        What a replay has put there stays: the first id, and how often the document was replayed.
+        """
         added = (
             ("inferstream.error.reason", rejected.reason.value.encode()),
             ("inferstream.error.message", _one_line(rejected.message)),
@@ -359,15 +364,25 @@ class Codec:
 
 def _halved(vector: np.ndarray) -> np.ndarray:
     """A finite float32 vector in float16, rounded to nearest even; ValueError where that is infinite."""
-    if (
-        vector.dot(vector) < MAX_FLOAT16**2
-    ):  # no number is larger than the vector is long; almost all are of length 1
+    # No number is larger than the vector is long, and almost all vectors are of length 1.
+    if vector.dot(vector) < MAX_FLOAT16**2:
         return vector.astype(FLOAT16)
     with np.errstate(over="ignore"):
         half = vector.astype(FLOAT16)
     if not np.isfinite(half).all():
         raise ValueError("the vector has numbers beyond 65,504, which base64-f16 cannot hold")
     return half
+
+
+def _first_id(record: Record) -> str | None:
+    """The id that a replayed document without one had when it was first read; None for any other."""
+    for name, value in record.headers:
+        if name == ID_HEADER and value and len(value) <= MAX_ID_BYTES:
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                return None  # somebody else's header
+    return None
 
 
 def _copied(headers: Headers) -> Headers:

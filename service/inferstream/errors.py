@@ -56,7 +56,7 @@ class NoProgress(InferstreamError):
 
 
 class Incomplete(InferstreamError):
-    """``publish`` or ``consume`` did not do all of it."""
+    """``publish``, ``consume`` or ``dead-letters`` did not do all of it."""
 
     exit_code = 9
 

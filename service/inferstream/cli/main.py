@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from inferstream.cli import broker, consume, publish, topics
+from inferstream.cli import broker, consume, dead_letters, publish, topics
 from inferstream.errors import InferstreamError, SettingsError
 from inferstream.version import version
 
@@ -65,7 +65,7 @@ def inferstream(
     \b
     Exit codes: 0 done or drained, 1 unexpected, 2 usage or settings, 3 Kafka refused or unreachable,
     4 model not loaded, 5 device failed, 6 drain too long, 7 dead letter refused, 8 no progress,
-    9 publish or consume did not do all of it, 130 interrupted.
+    9 publish, consume or dead-letters did not do all of it, 130 interrupted.
     """
 
 
@@ -115,7 +115,8 @@ def demo(ctx: typer.Context) -> None:
 
 app.command()(broker.broker)
 app.command(short_help="Publish documents and wait until each is acknowledged.")(publish.publish)
-app.command()(consume.consume)
+app.command(short_help="Write the records of a topic, a line of JSON each.")(consume.consume)
+app.add_typer(dead_letters.app, name="dead-letters")
 app.add_typer(topics.app, name="topics")
 
 

@@ -139,8 +139,8 @@ def line(record: Record, form: Format) -> bytes:
             "partition": record.partition,
             "offset": record.offset,
             "timestamp_ms": record.timestamp,
-            "key": _text(record.key),
-            "headers": _headers(record.headers),
+            "key": text_or_base64(record.key),
+            "headers": headers_object(record.headers),
             "value": orjson.Fragment(value),
         }
     )
@@ -152,7 +152,7 @@ def _value(value: bytes | None, decode: bool) -> bytes:
     try:
         tree = orjson.loads(value)
     except orjson.JSONDecodeError:
-        return orjson.dumps(_text(value))
+        return orjson.dumps(text_or_base64(value))
     if decode and isinstance(tree, dict):
         output = tree.get("output")
         if isinstance(output, dict) and (decoded := _decoded(output)) is not None:
@@ -175,15 +175,15 @@ def _decoded(output: dict[str, Any]) -> dict[str, Any] | None:
     return {"embedding": vector, **rest}
 
 
-def _headers(headers: Headers) -> dict[str, Any]:
+def headers_object(headers: Headers) -> dict[str, Any]:
     """Name → value; a name that stands there several times has the list of its values."""
     values: dict[str, list[Any]] = {}
     for name, value in headers:
-        values.setdefault(name, []).append(_text(value))
+        values.setdefault(name, []).append(text_or_base64(value))
     return {name: found[0] if len(found) == 1 else found for name, found in values.items()}
 
 
-def _text(value: bytes | None) -> str | dict[str, str] | None:
+def text_or_base64(value: bytes | None) -> str | dict[str, str] | None:
     """Bytes as JSON can hold them."""
     if value is None:
         return None
