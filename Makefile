@@ -6,16 +6,17 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench lock clean
+.PHONY: help setup demo test fuzz check format bench lock clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 # The interpreter .venv is made with; found by itself unless given: make setup PYTHON=/usr/bin/python3.12
 PYTHON ?=
-# More arguments for the demo, for pytest and for the benchmarks: make test PYTEST_ARGS='-k drain -x'
+# More arguments for the demo, for pytest, the fuzzer and the benchmarks: make test PYTEST_ARGS='-k drain -x'
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 BENCH_ARGS ?=
 
 # The demo and the tests never ask a model hub for anything: the model is in a Python package.
@@ -68,6 +69,9 @@ demo: setup ## a real model, an embedded broker, a worker killed in the middle: 
 test: setup ## the tests, on a real Apache Kafka
 	@$(BIN)/python -m tests.support.broker
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: setup ## 1,000,000 generated records, each with exactly one outcome (FUZZ_ARGS='--records 30000 --seed 7')
+	@$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 check: setup ## format, lint, types
 	@failed=0

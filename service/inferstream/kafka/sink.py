@@ -187,7 +187,8 @@ class _Sender:
         if self._strikes < (UNKNOWN_ERROR_STRIKES if isinstance(error, UnknownError) else 1):
             return True
         self._suspect = None
-        self._sink.reroute(self.queue.popleft(), error)
+        if self._sink.reroute(self.queue[0], error):
+            self.queue.popleft()
         return False
 
     def _count_refusal(self, error: KafkaError, where: str) -> None:
@@ -294,10 +295,15 @@ class Sink:
     def acknowledged(self, slots: list[Slot]) -> None:
         self._acknowledgements.acknowledged(slots)
 
-    def reroute(self, slot: Slot, error: KafkaError) -> None:
-        if slot.state != DROPPED:
-            slot.outcome = self._acknowledgements.refused(slot, error)
-            self._queue(slot, slot.outcome)
+    def reroute(self, slot: Slot, error: KafkaError) -> bool:
+        """Give a refused record another outcome; False if that keeps its place: a dead letter without its value."""
+        if slot.state == DROPPED:
+            return True
+        before, slot.outcome = slot.outcome, self._acknowledgements.refused(slot, error)
+        if before is not None and before.kind is Kind.DEAD_LETTER:
+            return False
+        self._queue(slot, slot.outcome)
+        return True
 
     def publishing_failed(self, producer: AIOKafkaProducer, error: KafkaError, handed_over: bool) -> None:
         """A batch failed; if the producer had it already, the producer is thrown away, once, for a new one.

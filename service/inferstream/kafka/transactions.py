@@ -151,9 +151,10 @@ class Transactions(Sink):
         if self._ticks.closed and self._ticks.published and not self._published.done():
             self._published.set_result(None)
 
-    def reroute(self, slot: Slot, error: KafkaError) -> None:
+    def reroute(self, slot: Slot, error: KafkaError) -> bool:
         if slot.state != DROPPED:  # it is sent in the next transaction, as the dead letter that it is now
             slot.outcome = self._listener.refused(slot, error)
+        return True
 
     def publishing_failed(self, producer: Any, error: KafkaError, handed_over: bool) -> None:
         if producer is self.producer:
