@@ -31,16 +31,20 @@ from benchmarks import batching, guarantees, latency, memory, overlap, paced, pi
 from benchmarks.arena import READY_S, Arena, Child, Topics
 from benchmarks.documents import Corpus
 from benchmarks.machine import hardware, has_bfloat16, versions
+from benchmarks.peers import PeerUnavailable, environment
 from benchmarks.publish import publish
 from benchmarks.report import Report, Section, number
 from benchmarks.scale import FULL, MODEL, SHORT, Scale
 
-THROUGHPUT = ("naive-64", "naive-1000", "engine")
+THROUGHPUT = ("naive-64", "naive-1000", "infinity", "engine")
 NAMES = (*THROUGHPUT, "paced", "pipe", "guarantees", "latency", "memory", "overlap", "prefetch", "batching")
 
 
 class Run:
-    """One run of the chosen benchmarks; ``sections`` fill in their order."""
+    """One run of the chosen benchmarks; ``sections`` fill in their order.
+
+    ``unmeasured``: the contestants that cannot be had here, and why.
+    """
 
     def __init__(self, arena: Arena, scale: Scale, names: Sequence[str]) -> None:
         self._arena = arena
@@ -49,13 +53,16 @@ class Run:
         self._peak: float | None = None
         self.sections: dict[str, Section] = {}
         self.failed: list[str] = []
+        self.unmeasured: dict[str, str] = {}
 
     async def all(self) -> None:
-        against = [name for name in THROUGHPUT if name in self._names]
+        against = self.against()
         if against:
             await self._one("float32", lambda: self._throughput(against, "float32"))
-            if self._scale.bfloat16 and has_bfloat16():
-                await self._one("bfloat16", lambda: self._throughput(against, "bfloat16"))
+            # infinity in float32 only: it is the slowest to start, and the run has its time.
+            rest = [name for name in against if name != "infinity"]
+            if rest and self._scale.bfloat16 and has_bfloat16():
+                await self._one("bfloat16", lambda: self._throughput(rest, "bfloat16"))
         steps: dict[str, Callable[[], Awaitable[Section]]] = {
             "paced": lambda: paced.run(self._arena, self._scale),
             "pipe": lambda: pipe.run(self._arena, self._scale),
@@ -72,6 +79,21 @@ class Run:
         for name, step in steps.items():
             if name in self._names:
                 await self._one(name, step)
+
+    def against(self) -> list[str]:
+        """Which contestants the throughput is compared with; those that cannot be had here are left out, and said."""
+        against = [name for name in THROUGHPUT if name in self._names]
+        if "infinity" in against:
+            try:
+                environment("infinity", make=self._scale is FULL)
+            except PeerUnavailable as error:
+                against.remove("infinity")
+                self.unmeasured["infinity"] = str(error)
+                _say(f"infinity: not measured: {error}")
+                # A short run asks whether what is there still runs.
+                if self._scale is FULL:
+                    self.failed.append("infinity")
+        return against
 
     async def _one(self, name: str, step: Callable[[], Awaitable[Section]]) -> None:
         started = time.monotonic()
@@ -91,6 +113,8 @@ class Run:
         section = await throughput.run(self._arena, self._scale, against, dtype)
         if dtype == "float32":
             self._peak = statistics.median(section.data["rates"][throughput.OURS])
+            section.text += [f"`{name}`: not measured: {why}" for name, why in self.unmeasured.items()]
+            section.data["not_measured"] = self.unmeasured
         return section
 
     async def _latency(self) -> Section:

@@ -255,15 +255,23 @@ class Ours(Contestant):
 
 
 class Script(Contestant):
-    """``python -m benchmarks.MODULE OPTIONS``; it prints a line of JSON when it is ready."""
+    """``python -m benchmarks.MODULE OPTIONS``; it prints a line of JSON when it is ready.
+
+    ``python`` is the interpreter, where it is not this one's.
+    """
 
     def __init__(
-        self, arena: Arena, name: str, topics: Topics, module: str, options: Mapping[str, Any]
+        self,
+        arena: Arena,
+        name: str,
+        topics: Topics,
+        module: str,
+        options: Mapping[str, Any],
+        python: Path | None = None,
     ) -> None:
         super().__init__(name, topics)
-        self.child = Child(
-            arena.folder / topics.group, module, {"bootstrap": arena.bootstrap, **asdict(topics), **options}
-        )
+        options = {"bootstrap": arena.bootstrap, **asdict(topics), **options}
+        self.child = Child(arena.folder / topics.group, module, options, python)
 
     @property
     def pid(self) -> int:
@@ -320,7 +328,13 @@ async def _polling(arena: Arena, worker: Contestant) -> None:
 class Child:
     """A module of this package in a process of its own, which answers in lines of JSON on its stdout."""
 
-    def __init__(self, folder: Path, module: str, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        module: str,
+        arguments: Mapping[str, Any],
+        python: Path | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._module = module
         self._stdout = folder / "stdout.log"
@@ -328,7 +342,7 @@ class Child:
         self._answers = 0
         path = os.pathsep.join([str(ROOT), str(ROOT / "service")])
         self._process = spawn(
-            [sys.executable, "-m", f"benchmarks.{module}", json.dumps(dict(arguments))],
+            [str(python or sys.executable), "-m", f"benchmarks.{module}", json.dumps(dict(arguments))],
             self._stderr,
             {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
             self._stdout,

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import numpy as np
 import orjson
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
@@ -31,8 +33,10 @@ def load(model_id: str, dtype: str) -> Any:
     return model
 
 
-async def serve(options: dict[str, Any]) -> None:
-    model = load(options["model"], options["dtype"])
+async def serve(
+    options: dict[str, Any], embed: Callable[[list[str]], Awaitable[Sequence[np.ndarray]]]
+) -> None:
+    """Answer what is in the topic for ever; ``embed`` gives a vector for each text."""
     consumer = AIOKafkaConsumer(
         options["source"],
         bootstrap_servers=options["bootstrap"],
@@ -57,7 +61,7 @@ async def serve(options: dict[str, Any]) -> None:
         if not records:
             continue
         documents = [orjson.loads(record.value) for record in records]
-        vectors = model.encode([document["text"] for document in documents], show_progress_bar=False)
+        vectors = await embed([document["text"] for document in documents])
         sent = []
         for record, document, vector in zip(records, documents, vectors, strict=True):
             result = {"id": document["id"], "embedding": vector}
@@ -75,5 +79,15 @@ async def assigned(consumer: AIOKafkaConsumer) -> None:
         await asyncio.sleep(0.1)
 
 
+async def main(options: dict[str, Any]) -> None:
+    model = load(options["model"], options["dtype"])
+
+    async def embed(texts: list[str]) -> Sequence[np.ndarray]:
+        found: Sequence[np.ndarray] = model.encode(texts, show_progress_bar=False)
+        return found
+
+    await serve(options, embed)
+
+
 if __name__ == "__main__":
-    asyncio.run(serve(json.loads(sys.argv[1])))
+    asyncio.run(main(json.loads(sys.argv[1])))

@@ -9,19 +9,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.arena import READY_S, ROUND_S, SETTLE_S, Arena, Child, Contestant, Ours, Round, Script, Topics
+from benchmarks.peers import environment
 from benchmarks.report import Goal, Section, median_ratio, number, table
 from benchmarks.scale import MODEL, Scale
+from inferstream.models.files import locate
 
 NAIVE = {"naive-64": 64, "naive-1000": 1000}
 """max_records of the naive loops: what one call to encode() gets, and sorts by length."""
 
-GOALS = {"naive-64": 2.5, "naive-1000": 1.3, "engine": 0.92}
+INFINITY = {"max_records": 1000, "batch_size": 16, "lengths_via_tokenize": True}
+"""What infinity-emb's engine does best with here; docs/cpu.md says what else was tried."""
+
+INFINITY_TEXT = (
+    f" `infinity`: infinity-emb's engine in the same loop with `max_records={INFINITY['max_records']}`, in an "
+    f"environment of its own, batches of {INFINITY['batch_size']}."
+)
+
+GOALS = {"naive-64": 2.5, "naive-1000": 1.3, "infinity": 1.5, "engine": 0.92}
 OURS = "inferstream"
 MOST_DOCUMENTS = 50_000
 
 
 async def run(arena: Arena, scale: Scale, names: Sequence[str], dtype: str) -> Section:
-    """``names``: which of naive-64, naive-1000 and engine to compare with.  Goals are for float32."""
+    """``names``: which of naive-64, naive-1000, infinity and engine to compare with.  Goals are for float32."""
     changes = {"model": {"id": MODEL, "dtype": dtype}}
     engine = Child(
         arena.folder / f"engine-{dtype}",
@@ -46,11 +56,10 @@ async def run(arena: Arena, scale: Scale, names: Sequence[str], dtype: str) -> S
         contestants.append(ours)
         await ours.ready(arena)
         for name in names:
-            if name in NAIVE:
-                options = {"model": MODEL, "dtype": dtype, "compression": "zstd", "max_records": NAIVE[name]}
-                naive = Script(arena, name, await arena.topics(name), "naive", options)
-                contestants.append(naive)
-                await naive.ready(arena)
+            if name != "engine":
+                peer = _peer(arena, name, await arena.topics(name), dtype)
+                contestants.append(peer)
+                await peer.ready(arena)
         await asyncio.sleep(SETTLE_S)
         for _ in range(scale.rounds):
             for contestant in contestants:
@@ -67,6 +76,16 @@ async def run(arena: Arena, scale: Scale, names: Sequence[str], dtype: str) -> S
         for contestant in contestants:
             contestant.stop()
     return _section(dtype, len(texts), rates, rounds, engines, alone)
+
+
+def _peer(arena: Arena, name: str, topics: Topics, dtype: str) -> Script:
+    """Somebody else's engine in the loop of :mod:`benchmarks.naive`.  Raises PeerUnavailable."""
+    options = {"dtype": dtype, "compression": "zstd"}
+    if name in NAIVE:
+        options |= {"model": MODEL, "max_records": NAIVE[name]}
+        return Script(arena, name, topics, "naive", options)
+    options |= {"model": str(locate(MODEL).folder), **INFINITY}
+    return Script(arena, name, topics, "peers.infinity", options, environment("infinity"))
 
 
 def _section(
@@ -106,7 +125,7 @@ def _section(
     section.text.append(
         f"{documents:,} documents a round, {len(rates[OURS])} rounds. `naive-64`: aiokafka `getmany(max_records=64)`, "
         "sentence-transformers `encode`, send, commit; `naive-1000`: the same with 1,000. `engine`: this project's "
-        "device stage from text in memory, without Kafka."
+        "device stage from text in memory, without Kafka." + (INFINITY_TEXT if "infinity" in rates else "")
     )
     if engines:
         last = engines[-1]

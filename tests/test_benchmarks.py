@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import subprocess
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import orjson
 import pytest
 
+import benchmarks.__main__ as main
+from benchmarks import peers
 from benchmarks.__main__ import NAMES, _options
+from benchmarks.arena import Arena
 from benchmarks.devices import CountedTask, PacedDevice, Span, WatchedDevice, idle_ratio
 from benchmarks.documents import Corpus, records
 from benchmarks.latency import arrivals
+from benchmarks.openvino import groups
 from benchmarks.paced import mean_tokens
+from benchmarks.peers import PeerUnavailable, environment, environment_folder
 from benchmarks.publish import ROOT, publish
 from benchmarks.report import Goal, Report, Section, median_ratio, number, percentile
+from benchmarks.scale import FULL, SHORT
 from inferstream.device.cpu import CpuDevice
 from inferstream.documents import Document, Prepared
 from inferstream.tasks.hash import HashRunner, HashTask
@@ -173,3 +181,93 @@ def test_publish_when_a_run_is_written_down_replaces_the_marked_tables_only(tmp_
     for page, now in (("README.md", readme), ("docs/cpu.md", cpu)):
         assert now.split("<!-- ")[0] == pages[page].split("<!-- ")[0]
         assert now.rsplit(" end -->")[-1] == pages[page].rsplit(" end -->")[-1]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "expected"),
+    [
+        ([5, 1, 5, 2], 10, [[1, 3], [0, 2]]),
+        ([4, 4, 4], 8, [[0, 1], [2]]),
+        ([9, 3], 4, [[1], [0]]),
+        ([2, 1], 0, [[1], [0]]),
+    ],
+)
+def test_groups_when_padded_then_none_holds_more_than_it_may_unless_it_is_one_document(
+    lengths: list[int], most: int, expected: list[list[int]]
+) -> None:
+    assert groups(lengths, most) == expected
+
+
+@pytest.fixture
+def pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The pins of a peer called ``none``, which asks for nothing; the cache folder is beside them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(peers, "HERE", tmp_path)
+    path = tmp_path / "none.txt"
+    path.write_text("")
+    return path
+
+
+def test_environment_when_it_is_not_there_and_shall_not_be_made_then_one_line_says_how_it_is(
+    pins: Path,
+) -> None:
+    with pytest.raises(PeerUnavailable, match=r"python -m benchmarks\.peers none makes it"):
+        environment("none", make=False)
+    assert not environment_folder("none").exists()
+
+
+def test_environment_when_it_was_made_then_it_is_made_no_second_time_until_the_pins_change(
+    pins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        environment_folder("none").mkdir(exist_ok=True)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(peers.subprocess, "run", run)
+    monkeypatch.setattr(peers.shutil, "which", lambda *_, **__: "uv")
+
+    first, second = environment("none"), environment("none")
+    made = len(commands)
+    pins.write_text("# something else\n")
+
+    assert first == second and first.name == "python"
+    assert made == 2  # the folder, and what goes into it
+    with pytest.raises(PeerUnavailable):
+        environment("none", make=False)
+
+
+def test_environment_when_an_install_fails_then_what_was_said_is_one_line_and_it_counts_as_not_made(
+    pins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        environment_folder("none").mkdir(parents=True, exist_ok=True)
+        code = 1 if "install" in command else 0
+        return subprocess.CompletedProcess(command, code, "", "error: no such host\n  the network is down\n")
+
+    monkeypatch.setattr(peers.subprocess, "run", run)
+    monkeypatch.setattr(peers.shutil, "which", lambda *_, **__: "uv")
+
+    with pytest.raises(PeerUnavailable) as failed:
+        environment("none")
+
+    assert str(failed.value).endswith("cannot be made: error: no such host the network is down")
+    with pytest.raises(PeerUnavailable, match="no environment yet"):
+        environment("none", make=False)
+
+
+def test_run_when_infinity_cannot_be_had_then_the_others_are_compared_and_the_full_run_says_it_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def environment(name: str, *, make: bool) -> Path:
+        raise PeerUnavailable("no network")
+
+    monkeypatch.setattr(main, "environment", environment)
+    arena = cast(Arena, None)
+    full, short = (main.Run(arena, scale, ["infinity", "engine"]) for scale in (FULL, SHORT))
+
+    assert full.against() == short.against() == ["engine"]
+    assert full.failed == ["infinity"] and short.failed == []
+    assert full.unmeasured == short.unmeasured == {"infinity": "no network"}
