@@ -68,20 +68,25 @@ class Worker:
         *,
         environ: Mapping[str, str] | None = None,
         flags: Sequence[str] = (),
+        module: str = "inferstream",
     ) -> None:
-        """``tree`` is the settings tree, or a file with it; ``environ`` is laid over ours."""
+        """``tree`` is the settings tree, or a file with it; ``environ`` is laid over ours.
+
+        ``module`` is run instead of the service where a test has to get inside it.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.config = tree if isinstance(tree, Path) else write_config(folder, tree)
         self._flags = list(flags)
+        self._module = module
         self._stderr = folder / "stderr.log"
         self._stdout = folder / "stdout.log"
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("INFERSTREAM_")}
-        path = os.pathsep.join(filter(None, [str(ROOT / "service"), inherited.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(ROOT / "service"), str(ROOT), inherited.get("PYTHONPATH")]))
         self._environ = {**inherited, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(environ or {})}
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Worker:
-        command = [sys.executable, "-m", "inferstream", "run", "--config", str(self.config), *self._flags]
+        command = [sys.executable, "-m", self._module, "run", "--config", str(self.config), *self._flags]
         self._process = spawn(command, self._stderr, self._environ, self._stdout)
         return self
 
@@ -102,6 +107,9 @@ class Worker:
     def terminate(self) -> None:
         """SIGTERM to the worker itself: it drains."""
         self._running().send_signal(signal.SIGTERM)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self._running().send_signal(number)
 
     def interrupt(self) -> None:
         """SIGINT, as Ctrl-C gives it."""

@@ -132,8 +132,10 @@ class _Sender:
             handed_over = True
             await future
         except KafkaError as error:
-            if handed_over:
-                # its sequence numbers are used up: the next batch of this partition would be refused
+            # Handed over, its sequence numbers are used up: the next batch of this partition would be refused.
+            # A producer that finds no metadata may be asking for ever over a connection that died unnoticed,
+            # which aiokafka 0.14 does not renew when such a question times out.
+            if handed_over or isinstance(error, UnknownTopicOrPartitionError):
                 self._sink.replace(producer)
             later = self._failed(error, count)
         else:
