@@ -1,4 +1,4 @@
-# make demo | test | check | bench: each does all the set-up it needs, in .venv and a cache folder.
+# make demo | test | faults | check | bench: each does all the set-up it needs, in .venv and a cache folder.
 # Needs Python >= 3.11; `make test` also Docker, or Java >= 17 and Maven.
 
 SHELL := /bin/bash
@@ -6,17 +6,18 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz check format bench lock clean
+.PHONY: help setup demo test fuzz faults check format bench lock clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 # The interpreter .venv is made with; found by itself unless given: make setup PYTHON=/usr/bin/python3.12
 PYTHON ?=
-# More arguments for the demo, for pytest, the fuzzer and the benchmarks: make test PYTEST_ARGS='-k drain -x'
+# More arguments for the demo, pytest, the fuzzer, the faults and the benchmarks: make test PYTEST_ARGS='-k drain -x'
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
+FAULTS_ARGS ?=
 BENCH_ARGS ?=
 
 # The demo and the tests never ask a model hub for anything: the model is in a Python package.
@@ -72,6 +73,9 @@ test: setup ## the tests, on a real Apache Kafka
 
 fuzz: setup ## 1,000,000 generated records, each with exactly one outcome (FUZZ_ARGS='--records 30000 --seed 7')
 	@$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
+
+faults: setup ## the fault matrix: 200 faults on a real Apache Kafka (up to 90 minutes; needs Java and Maven)
+	@$(BIN)/python -m tests.faults $(FAULTS_ARGS)
 
 check: setup ## format, lint, types
 	@failed=0

@@ -29,14 +29,14 @@ class Scale:
 FULL = Scale(
     rounds=3,
     round_s=8.0,
-    least_documents=300,
+    least_documents=200,
     bfloat16=True,
     pipe_documents=200_000,
     paced_documents=150_000,
     latency_documents=5_000,
     latency_pipe_documents=800,
     profile_documents=100_000,
-    overlap_documents=120,
+    overlap_documents=100,
     overlap_rounds=3,
     prefetch_documents=14,
 )

@@ -39,7 +39,7 @@ async def run(arena: Arena, scale: Scale, names: Sequence[str], dtype: str) -> S
         {
             "config": str(arena.config(Topics("documents", "results", f"engine-{dtype}"), changes)),
             "texts": str(arena.texts_file()),
-            "seconds": scale.round_s,
+            "seconds": scale.round_s if dtype == "float32" else scale.round_s / 2,
             "least": scale.least_documents,
             "most": MOST_DOCUMENTS,
         },

@@ -110,16 +110,22 @@ class NativeKafka(Broker):
         )
 
     def start(self) -> NativeKafka:
-        if self._process is not None and self._process.poll() is None:
-            return self
+        if not self.alive:
+            self.begin()
+            wait_until_serving(self.bootstrap, lambda: self.alive, self._log_end)
+        return self
+
+    def begin(self) -> None:
+        """Start the process and wait for nothing: a node of several serves only when the others are there."""
         if not self._data.exists():
             self._format()
         # A small heap and only the first compiler: the tests share two cores with it.
         options = ["-Xms256m", "-Xmx512m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
         self._process = spawn([*self._java(*options), "kafka.Kafka", str(self._properties)], self.log)
-        process = self._process
-        wait_until_serving(self.bootstrap, lambda: process.poll() is None, self._log_end)
-        return self
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
         if self._process is None:

@@ -43,7 +43,9 @@ def unique(name: str) -> str:
 
 
 class Kafka:
-    """A broker by its address."""
+    """A broker by its address, or several by their addresses with commas between."""
+
+    replicas = 1  # of each topic that is created
 
     def __init__(self, bootstrap: str) -> None:
         self.bootstrap = bootstrap
@@ -58,7 +60,7 @@ class Kafka:
         admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap)
         await admin.start()
         try:
-            topic = NewTopic(name, partitions, 1, topic_configs=dict(configs or {}))
+            topic = NewTopic(name, partitions, self.replicas, topic_configs=dict(configs or {}))
             answer = await admin.create_topics([topic])
             for _, code, *message in answer.topic_errors:
                 error = for_code(code)

@@ -108,6 +108,9 @@ class Worker:
         """SIGTERM to the worker itself: it drains."""
         self._running().send_signal(signal.SIGTERM)
 
+    def send_signal(self, number: signal.Signals) -> None:
+        self._running().send_signal(number)
+
     def interrupt(self) -> None:
         """SIGINT, as Ctrl-C gives it."""
         self._running().send_signal(signal.SIGINT)

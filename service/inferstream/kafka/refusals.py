@@ -8,6 +8,7 @@ gives to its members it has no class for.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from aiokafka import errors as kafka_errors
@@ -16,7 +17,7 @@ from aiokafka.errors import BrokerResponseError, KafkaError
 from inferstream.kafka.rights import Right, refused_line
 
 if TYPE_CHECKING:
-    from inferstream.settings import Settings
+    from inferstream.settings.tree import Kafka
 
 
 class GroupMaxSizeReachedError(BrokerResponseError):  # type: ignore[misc]  # aiokafka ships no types
@@ -76,15 +77,14 @@ def certain(refusal: str, joined: bool) -> bool:
     return refusal == "FencedInstanceIdError" or (refusal in _ADVICE and not joined)
 
 
-def refusal_line(settings: Settings, refusal: str) -> str:
-    """What is refused and what to do, on one line."""
-    kafka = settings.kafka
+def refusal_line(kafka: Kafka, topics: Sequence[str], refusal: str) -> str:
+    """What is refused to a member that reads the topics, and what to do, on one line."""
     advice = _ADVICE.get(refusal, "group {group!r} does not take this worker")
     text = advice.format(
         group=kafka.group_id,
         session=kafka.session_timeout_ms,
         instance=kafka.group_instance_id,
         group_rights=refused_line(kafka, [Right("READ", "group", kafka.group_id)]),
-        topic_rights=refused_line(kafka, [Right("READ", "topic", name) for name in settings.input.topics]),
+        topic_rights=refused_line(kafka, [Right("READ", "topic", name) for name in topics]),
     )
     return f"{text} ({refusal})"

@@ -295,7 +295,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
 
     def _refused(self, refusal: str) -> None:
         """Raise KafkaRefused: at start at once, while running when the refusals do not end."""
-        why = refusal_line(self._settings, refusal)
+        why = refusal_line(self._settings.kafka, self._settings.input.topics, refusal)
         if certain(refusal, joined=self._epochs > 0):
             raise KafkaRefused(why)
         now = time.monotonic()
@@ -475,7 +475,9 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         self._evictions += 1
         if kafka.group_instance_id is not None and self._evictions >= MAX_EVICTIONS:
             self.consumer._coordinator._max_poll_interval = -1  # it does not join again: the other one stays
-            self._fail(KafkaRefused(refusal_line(self._settings, "FencedInstanceIdError")))
+            self._fail(
+                KafkaRefused(refusal_line(kafka, self._settings.input.topics, "FencedInstanceIdError"))
+            )
 
     async def drain(self, timeout_s: float) -> bool:
         """Stop polling, finish and settle what fits ``timeout_s``; True when all that was kept is settled."""

@@ -253,7 +253,7 @@ class Holding(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ship
                     await self._consumer.getmany(_NOWHERE, timeout_ms=0)
                 except KafkaError as error:
                     if (refusal := refusal_of(error)) is not None:
-                        raise KafkaRefused(refusal_line(self._kafka, refusal)) from error
+                        raise KafkaRefused(refusal_line(self._kafka, [self._topic], refusal)) from error
                 await asyncio.sleep(_POLL_S)
         except Exception as error:
             self._problem = error

@@ -1,0 +1,202 @@
+"""The workers of a run and the orchestrator over them: what ends is started again, what /livez calls dead killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.support.broker import free_ports
+from tests.support.worker import Worker, merged
+
+LOOK_S = 0.05
+PROBE_S = 1.0
+FAILED_PROBES = 3  # in a row, before a worker is killed, as an orchestrator would do it
+RESTART_S = 0.3
+KILLED = -int(signal.SIGKILL)
+
+
+class Member:
+    """One worker's place: its process ends and is followed by the next, its name, port and files stay."""
+
+    def __init__(self, folder: Path, name: str, tree: Mapping[str, Any], under_orders: bool) -> None:
+        self.name = name
+        self.folder = folder / name
+        self.order = self.folder / "order.json"
+        [self.port] = free_ports(1)
+        self.worker = Worker(
+            self.folder,
+            merged(tree, {"telemetry": {"port": self.port}}),
+            environ={"FAULTS_ORDER": str(self.order)},
+            module="tests.faults.worker" if under_orders else "inferstream",
+        )
+        self.wanted = True  # is started again when it ends
+        self.frozen = False
+        self.starts = 0
+        self.ended_at = 0.0
+        self.told: set[int] = set()  # exit codes that what we did to this process can have
+        self.failed_probes = 0
+
+    def start(self) -> None:
+        self.told = set()
+        self.failed_probes = 0
+        self.starts += 1
+        self.worker.start()
+
+    @property
+    def running(self) -> bool:
+        return self.starts > 0 and self.worker.returncode is None
+
+    def kill(self) -> None:
+        if self.running:
+            self.told.add(KILLED)
+            self.frozen = False
+            self.worker.kill9()
+
+    def terminate(self) -> None:
+        """SIGTERM; one that comes before Python has set up its handler ends the process by the signal itself."""
+        if self.running:
+            self.told |= {0, -int(signal.SIGTERM)}
+            self.worker.terminate()
+
+    def freeze(self) -> None:
+        if self.running:
+            self.frozen = True
+            self.worker.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.frozen = False
+        if self.running:
+            self.worker.send_signal(signal.SIGCONT)
+
+    def give_order(self, order: Mapping[str, Any]) -> None:
+        """Tell the device what to do; see :mod:`tests.faults.worker`."""
+        self.order.with_suffix(".obeyed").unlink(missing_ok=True)
+        partial = self.order.with_suffix(".new")
+        partial.write_text(json.dumps(order))
+        partial.rename(self.order)
+
+    def take_order_back(self) -> None:
+        self.order.unlink(missing_ok=True)
+
+    @property
+    def obeyed(self) -> bool:
+        return self.order.with_suffix(".obeyed").exists()
+
+
+class Fleet:
+    """``excused`` are the exit codes that the run's faults may end a worker with; any other is in ``problems``."""
+
+    def __init__(
+        self,
+        folder: Path,
+        make_tree: Callable[[str], Mapping[str, Any]],
+        under_orders: bool,
+        excused: frozenset[int],
+        note: Callable[[str], None],
+    ) -> None:
+        self._folder = folder
+        self._make_tree = make_tree
+        self._under_orders = under_orders
+        self._excused = excused
+        self._note = note
+        self.members: list[Member] = []
+        self.problems: list[str] = []
+        self.exits: list[tuple[str, int]] = []
+        self.patience = FAILED_PROBES
+        self._watch: asyncio.Task[None] | None = None
+
+    def start(self, count: int) -> None:
+        for _ in range(count):
+            self.add()
+        self._watch = asyncio.create_task(self._run(), name="orchestrator")
+
+    def add(self) -> Member:
+        name = f"worker-{len(self.members) + 1}"
+        member = Member(self._folder, name, self._make_tree(name), self._under_orders)
+        self.members.append(member)
+        member.start()
+        self._note(f"{name} starts")
+        return member
+
+    @property
+    def running(self) -> list[Member]:
+        """Those that are there and not frozen."""
+        return [member for member in self.members if member.running and not member.frozen]
+
+    async def drain(self, timeout_s: float = 60.0) -> None:
+        """SIGTERM to all; every one has to end with 0."""
+        members = [member for member in self.members if member.wanted or member.running]
+        for member in members:
+            member.wanted = False
+            member.terminate()
+        for member in members:
+            try:
+                await member.worker.ended(timeout_s)
+            except AssertionError:
+                self.problems.append(f"{member.name} does not drain within {timeout_s:.0f} s")
+        await self.stop()
+        for member in members:
+            self._ended(member)
+
+    async def stop(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watch
+            self._watch = None
+
+    def kill_all(self) -> None:
+        for member in self.members:
+            member.wanted = False
+            member.kill()
+
+    async def _run(self) -> None:
+        turn = 0
+        while True:
+            await asyncio.sleep(LOOK_S)
+            turn += 1
+            for member in list(self.members):
+                if not member.running:
+                    self._ended(member)
+                    if member.wanted and time.monotonic() > member.ended_at + RESTART_S:
+                        member.start()
+                        self._note(f"{member.name} starts again")
+                elif turn * LOOK_S % PROBE_S < LOOK_S and not member.frozen:
+                    await self._probe(member)
+
+    def _ended(self, member: Member) -> None:
+        """Take note of an end, once."""
+        if member.starts <= sum(name == member.name for name, _ in self.exits):
+            return
+        code = member.worker.returncode
+        assert code is not None
+        self.exits.append((member.name, code))
+        member.ended_at = time.monotonic()
+        self._note(f"{member.name} ended with {code}")
+        if code not in member.told | self._excused:
+            last = member.worker.stderr_text().splitlines()[-1:]
+            self.problems.append(f"{member.name} ended by itself with exit code {code}: {last}")
+
+    async def _probe(self, member: Member) -> None:
+        """A refused connection is a worker that starts; only a 503 counts."""
+        status = b""
+        try:
+            async with asyncio.timeout(0.5):
+                reader, writer = await asyncio.open_connection("127.0.0.1", member.port)
+                try:
+                    writer.write(b"GET /livez HTTP/1.0\r\n\r\n")
+                    status = await reader.readline()
+                finally:
+                    writer.close()
+        except (OSError, TimeoutError):
+            return
+        member.failed_probes = member.failed_probes + 1 if b" 503 " in status else 0
+        if member.failed_probes >= self.patience:
+            self._note(f"/livez calls {member.name} dead: killed")
+            member.kill()
