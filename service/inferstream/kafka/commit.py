@@ -29,6 +29,7 @@ from aiokafka.protocol.commit import OffsetCommitRequest
 from aiokafka.structs import OffsetAndMetadata
 
 from inferstream.kafka.epochs import Epoch, current_identity
+from inferstream.kafka.offsets import committed_offsets
 from inferstream.lanes import Lane
 from inferstream.telemetry.timeline import Timeline
 
@@ -106,9 +107,7 @@ class Committer:
     async def offsets(
         self, assigned: Collection[TopicPartition], others: Collection[TopicPartition]
     ) -> Mapping[TopicPartition, OffsetAndMetadata]:
-        found: Mapping[TopicPartition, OffsetAndMetadata]
-        found = await self._consumer._coordinator.fetch_committed_offsets([*assigned, *others])
-        return found
+        return await committed_offsets(self._consumer, self._group_id, [*assigned, *others])
 
     def abandon(self) -> None:
         """What was handed to the producer may still land, and is then repeated by the next owner."""

@@ -11,11 +11,19 @@ for an old group.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import (
+    GroupCoordinatorNotAvailableError,
+    NotCoordinatorForGroupError,
+    UnknownTopicOrPartitionError,
+    for_code,
+)
+from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.structs import OffsetAndMetadata
 
 from inferstream.errors import InferstreamError
@@ -86,6 +94,41 @@ class Opening:
     ends: dict[TopicPartition, int]
     committed: set[TopicPartition]
     notes: dict[TopicPartition, Note]
+
+
+async def committed_offsets(
+    consumer: AIOKafkaConsumer, group_id: str, partitions: Collection[TopicPartition]
+) -> dict[TopicPartition, OffsetAndMetadata]:
+    """The group's committed offsets; partitions without one are left out.  Raises aiokafka's KafkaError.
+
+    aiokafka 0.14 does not look at the error of the whole answer, with which a coordinator that is still loading the
+    group says so: it takes that for a group without offsets, which would begin anew.
+    """
+    coordinator = consumer._coordinator
+    await coordinator.ensure_coordinator_known()
+    topics: defaultdict[str, list[int]] = defaultdict(list)
+    for tp in partitions:
+        topics[tp.topic].append(tp.partition)
+    answer = await coordinator._send_req(OffsetFetchRequest(group_id, list(topics.items())))
+    _raise_if(
+        coordinator, getattr(answer, "error_code", 0), f"group {group_id}"
+    )  # brokers before 0.10.2 have none
+    found: dict[TopicPartition, OffsetAndMetadata] = {}
+    for topic, entries in answer.topics:
+        for partition, offset, metadata, code in entries:
+            _raise_if(coordinator, code, f"{topic}:{partition}")
+            if offset >= 0:
+                found[TopicPartition(topic, partition)] = OffsetAndMetadata(offset, metadata)
+    return found
+
+
+def _raise_if(coordinator: Any, code: int, where: str) -> None:
+    error = for_code(code)
+    if code == 0 or error is UnknownTopicOrPartitionError:  # deleted meanwhile: it has no offset
+        return
+    if issubclass(error, NotCoordinatorForGroupError | GroupCoordinatorNotAvailableError):
+        coordinator.coordinator_dead()
+    raise error(where)
 
 
 async def open_positions(

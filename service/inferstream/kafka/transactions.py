@@ -42,6 +42,7 @@ from inferstream.errors import KafkaRefused
 from inferstream.kafka.commit import CommitFailed, CommitRefused, EpochEnded
 from inferstream.kafka.connection import stop_client
 from inferstream.kafka.epochs import Epoch, current_identity
+from inferstream.kafka.offsets import committed_offsets
 from inferstream.kafka.sink import ERROR_BACKOFF_S, STOP_TIMEOUT_S, OutputTopic, Sink
 from inferstream.kafka.ticks import Ticks
 from inferstream.kafka.txn_protocol import Fenced, MemberGone, TransactionalProducer
@@ -187,8 +188,7 @@ class Transactions(Sink):
         self, assigned: Collection[TopicPartition], others: Collection[TopicPartition]
     ) -> Mapping[TopicPartition, OffsetAndMetadata]:
         """The group's offsets; those of ``assigned`` once no transaction is pending that could change them."""
-        found: dict[TopicPartition, OffsetAndMetadata]
-        found = await self._consumer._coordinator.fetch_committed_offsets(list(others))
+        found = await committed_offsets(self._consumer, self._group_id, others) if others else {}
         await self.producing.wait()
         return found | await self.producer.stable_offsets(self._group_id, assigned)
 
