@@ -15,7 +15,6 @@ from aiokafka.errors import (
     ProducerClosed,
     TopicAuthorizationFailedError,
     UnknownError,
-    UnknownTopicOrPartitionError,
 )
 
 from inferstream.documents import Kind, Outgoing
@@ -177,22 +176,6 @@ async def test_producer_when_a_batch_fails_then_a_new_one_sends_it_again_in_orde
     failures = iter([OutOfOrderSequenceNumber()])
     sink, broker = build(lambda topic, partition, batch: next(failures, None))
     await sink.start()
-    lane = Lane("in", 0, 1, 0)
-    send(sink, lane, 10)
-    await until(lambda: not len(lane))
-    assert values(broker) == list(range(10))
-    assert [producer.stopped for producer in broker.producers] == [True, False]
-
-
-async def test_producer_when_it_finds_no_metadata_then_a_new_one_sends_what_it_had(build: Build) -> None:
-    sink, broker = build()
-    await sink.start()
-    [blind] = broker.producers
-
-    async def ask_in_vain(batch: Batch, topic: str, *, partition: int) -> None:
-        raise UnknownTopicOrPartitionError  # as aiokafka does whose connection for metadata died unnoticed
-
-    blind.send_batch = ask_in_vain  # type: ignore[assignment, method-assign]  # before the batch is handed over
     lane = Lane("in", 0, 1, 0)
     send(sink, lane, 10)
     await until(lambda: not len(lane))

@@ -32,6 +32,7 @@ from aiokafka.errors import (
 from aiokafka.protocol.admin import DescribeConfigsRequest
 
 from inferstream.errors import KafkaRefused, SettingsError
+from inferstream.kafka import renewal
 from inferstream.kafka.handshake import (
     may_speak_otherwise,
     refusal_in,
@@ -75,6 +76,7 @@ class TopicFacts:
 def client_options(kafka: Kafka) -> dict[str, Any]:
     """The keyword arguments that consumer, producer and client have in common."""
     require_fast_client()
+    renewal.install()
     if not kafka.bootstrap_servers:
         raise SettingsError("kafka.bootstrap_servers is not set: give HOST:PORT of one of the brokers")
     if kafka.bootstrap_servers == ["embedded"]:

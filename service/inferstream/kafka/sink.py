@@ -306,14 +306,11 @@ class Sink:
         return True
 
     def publishing_failed(self, producer: AIOKafkaProducer, error: KafkaError, handed_over: bool) -> None:
-        """A batch failed: the producer is thrown away, once, for a new one, if no other batch can come through it.
+        """A batch failed; if the producer had it already, the producer is thrown away, once, for a new one.
 
-        Handed over, a batch's sequence numbers are used up: the next one of its partition would be refused.  And a
-        producer that finds no metadata may be asking for ever over a connection that died unnoticed, which aiokafka
-        0.14 does not renew when such a question times out.
+        The batch's sequence numbers are used up: the next one of its partition would be refused.
         """
-        spent = handed_over or isinstance(error, UnknownTopicOrPartitionError)
-        if spent and producer is self.producer and self.producing.is_set():
+        if handed_over and producer is self.producer and self.producing.is_set():
             self.producing.clear()
             self._replacing = asyncio.create_task(self._replace(producer), name="replace-producer")
             self._replacing.add_done_callback(self.task_ended)
