@@ -1,12 +1,12 @@
 # make demo | test | check | bench: each does all the set-up it needs, in .venv and a cache folder.
-# Needs Python >= 3.11; `make test` also Docker, or Java >= 17 and Maven.
+# Needs Python >= 3.11; `make test` also Docker, or Java >= 17 and Maven, and Go >= 1.26 or Helm.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench lock clean
+.PHONY: help setup demo test test-cluster check format chart bench lock clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -23,7 +23,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 setup: $(STAMP) ## make .venv with the package and everything it needs (once)
 
@@ -67,7 +67,13 @@ demo: setup ## a real model, an embedded broker, a worker killed in the middle: 
 
 test: setup ## the tests, on a real Apache Kafka
 	@$(BIN)/python -m tests.support.broker
+	# Where a tool cannot be had, the tests that need it fail or say that they are left out.
+	$(BIN)/python -m tests.helm.tools || true
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-cluster: setup ## the Helm chart on a real Kubernetes API server, built from its sources (once, minutes)
+	@$(BIN)/python -m tests.helm.tools --cluster
+	$(BIN)/python -m pytest -m cluster tests/helm $(PYTEST_ARGS)
 
 check: setup ## format, lint, types
 	@failed=0
@@ -79,6 +85,12 @@ check: setup ## format, lint, types
 format: setup ## put the code into the format that `make check` asks for
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+chart: setup ## write what is generated of the Helm chart: values.schema.json, README.md, tests/helm/golden
+	@$(BIN)/python helm/schema.py
+	"$$($(BIN)/python -m tests.helm.tools helm-docs)" --chart-search-root=helm/inferstream --log-level=warning
+	INFERSTREAM_UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/helm/test_chart_renders.py -k golden
+	git --no-pager diff --stat -- helm tests/helm/golden
 
 bench: setup ## the measured table (about 20 minutes on two cores; BENCH_ARGS=--short: a few)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
