@@ -1,12 +1,12 @@
-# make demo | test | faults | check | bench: each does all the set-up it needs, in .venv and a cache folder.
-# Needs Python >= 3.11; `make test` also Docker, or Java >= 17 and Maven.
+# make demo | test | check | bench: each does all the set-up it needs, in .venv and a cache folder.
+# Needs Python >= 3.11; `make test` also Docker, or Java >= 17 and Maven; the chart's targets Go >= 1.26 or Helm.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz faults check format bench lock clean
+.PHONY: help setup demo test test-chart test-cluster fuzz faults check format chart bench lock clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 setup: $(STAMP) ## make .venv with the package and everything it needs (once)
 
@@ -71,6 +71,14 @@ test: setup ## the tests, on a real Apache Kafka
 	@$(BIN)/python -m tests.support.broker
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-chart: setup ## the Helm chart: rendered by Helm, which is built from its sources (once, minutes), and judged
+	@$(BIN)/python -m tests.helm.tools
+	$(BIN)/python -m pytest tests/helm $(PYTEST_ARGS)
+
+test-cluster: setup ## the Helm chart on a real Kubernetes API server, built from its sources (once, minutes)
+	@$(BIN)/python -m tests.helm.tools --cluster
+	$(BIN)/python -m pytest -m cluster tests/helm $(PYTEST_ARGS)
+
 fuzz: setup ## 1,000,000 generated records, each with exactly one outcome (FUZZ_ARGS='--records 30000 --seed 7')
 	@$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
@@ -87,6 +95,12 @@ check: setup ## format, lint, types
 format: setup ## put the code into the format that `make check` asks for
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+chart: setup ## write what is generated of the Helm chart: values.schema.json, README.md, tests/helm/golden
+	@$(BIN)/python helm/schema.py
+	"$$($(BIN)/python -m tests.helm.tools helm-docs)" --chart-search-root=helm/inferstream --log-level=warning
+	INFERSTREAM_UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/helm/test_chart_renders.py -k golden
+	git --no-pager diff --stat -- helm tests/helm/golden
 
 bench: setup ## the measured table (20 minutes at most on two cores; BENCH_ARGS=--short: a few)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

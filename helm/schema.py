@@ -1,0 +1,313 @@
+"""``python helm/schema.py`` writes helm/inferstream/values.schema.json; ``--check`` says whether it is current.
+
+Nothing in it is written twice: names and types are those of values.yaml, descriptions its ``# --`` comments, `config`
+is the service's own settings tree, and RULES below says what a type alone cannot.  JSON Schema draft 7, as Helm 3
+silently leaves out what later drafts added.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from inferstream.settings import SETTINGS, json_schema
+
+CHART = Path(__file__).resolve().parent / "inferstream"
+SCHEMA = CHART / "values.schema.json"
+
+QUANTITY = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?([KMGTPE]i|[kMGTPE])?$"}
+DURATION = {"type": "string", "pattern": r"^([0-9]+(ms|s|m|h))*$"}
+OBJECT_NAME = {"type": "string", "pattern": r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$", "maxLength": 253}
+LABEL_NAME = {"type": "string", "pattern": r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?)?$"}
+SECRET_KEY = {"type": "string", "pattern": r"^[-._a-zA-Z0-9]+$"}
+SECRET_KEY_OR_NONE = {"type": "string", "pattern": r"^[-._a-zA-Z0-9]*$"}
+PULL_POLICY = {"enum": ["Always", "IfNotPresent", "Never"]}
+TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+ANY_OBJECT = {"type": "object"}
+OBJECTS = {"type": "array", "items": {"type": "object"}}
+COUNT = {"type": "integer", "minimum": 0}
+POSITIVE = {"type": "integer", "minimum": 1}
+POSITIVE_OR_NONE = {"type": ["integer", "null"], "minimum": 1}
+PODS_OR_PERCENT = {
+    "anyOf": [
+        {"type": "integer", "minimum": 1},
+        {"type": "string", "pattern": r"^([1-9][0-9]?|100)%$"},
+    ]
+}
+FALSE = {"const": False}
+
+# What looks like a setting must be one, and what is a secret must not stand here itself.
+VARIABLE = {
+    "type": "object",
+    "required": ["name"],
+    "allOf": [
+        {
+            "if": {"properties": {"name": {"type": "string", "pattern": "^INFERSTREAM_.*__"}}},
+            "then": {"properties": {"name": {"enum": [setting.variable for setting in SETTINGS.values()]}}},
+        },
+        {
+            "if": {
+                "properties": {
+                    "name": {"enum": [setting.variable for setting in SETTINGS.values() if setting.is_secret]}
+                }
+            },
+            "then": {"required": ["valueFrom"]},
+        },
+    ],
+}
+
+# Path in values.yaml → what is to be said of it.  A fragment replaces what its default value tells.
+RULES: dict[str, dict[str, Any]] = (
+    {
+        # A tag or a digest has its own value.
+        "image.repository": {
+            "type": "string",
+            "pattern": r"^([a-zA-Z0-9.-]+(:[0-9]+)?/)?([a-z0-9]+([._/-]+[a-z0-9]+)*)?$",
+        },
+        "image.tag": {"type": "string", "pattern": r"^([a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?$"},
+        "image.digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
+        "image.pullPolicy": PULL_POLICY,
+        "image.pullSecrets": {
+            "type": "array",
+            "items": {"type": "object", "required": ["name"], "properties": {"name": OBJECT_NAME}},
+        },
+        "image.command": {"type": "array", "items": {"type": "string"}},
+        "nameOverride": LABEL_NAME,
+        "fullnameOverride": LABEL_NAME,
+        "commonLabels": TEXTS,
+        "workload.kind": {"enum": ["Deployment", "StatefulSet"]},
+        "workload.replicas": COUNT,
+        "workload.strategy": {"enum": ["RollingUpdate", "Recreate"]},
+        "workload.maxUnavailable": PODS_OR_PERCENT,
+        "workload.revisionHistoryLimit": COUNT,
+        "workload.terminationGracePeriodSeconds": POSITIVE_OR_NONE,
+        "workload.annotations": TEXTS,
+        "secrets.kafka.sasl.existingSecret": OBJECT_NAME,
+        "secrets.kafka.sasl.passwordKey": SECRET_KEY,
+        "secrets.kafka.sasl.usernameKey": SECRET_KEY_OR_NONE,
+        "secrets.kafka.ca.existingSecret": OBJECT_NAME,
+        "secrets.kafka.ca.existingConfigMap": OBJECT_NAME,
+        "secrets.kafka.ca.key": SECRET_KEY,
+        "secrets.kafka.client.existingSecret": OBJECT_NAME,
+        "secrets.kafka.client.certKey": SECRET_KEY,
+        "secrets.kafka.client.keyKey": SECRET_KEY,
+        "secrets.kafka.client.keyPasswordKey": SECRET_KEY_OR_NONE,
+        "secrets.hub.existingSecret": OBJECT_NAME,
+        "secrets.hub.tokenKey": SECRET_KEY,
+        "model.hubEndpoint": {"type": "string", "pattern": "^(https?://.+)?$"},
+        "model.storage.kind": {"enum": ["emptyDir", "claim", "existingClaim"]},
+        "model.storage.mountPath": {"type": "string", "pattern": "^(/[^/]+)+$"},
+        "model.storage.subPath": {"type": "string", "pattern": "^([^/].*)?$"},
+        "model.storage.sizeLimit": QUANTITY,
+        "model.storage.existingClaim": OBJECT_NAME,
+        "model.storage.claim.size": QUANTITY,
+        "model.storage.claim.storageClassName": OBJECT_NAME,
+        "model.storage.claim.accessModes": {
+            "type": "array",
+            "minItems": 1,
+            "items": {"enum": ["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany", "ReadOnlyMany"]},
+        },
+        "model.storage.claim.annotations": TEXTS,
+        "model.download.image": {"type": "string", "minLength": 1},
+        "model.download.pullPolicy": PULL_POLICY,
+        "model.download.extraArgs": {"type": "array", "items": {"type": "string"}},
+        "model.download.resources": ANY_OBJECT,
+        "gpu.resourceName": {"type": "string", "pattern": r"^[a-z0-9.-]+/[a-zA-Z0-9._-]+$"},
+        "gpu.runtimeClassName": OBJECT_NAME,
+        "resources": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {"requests": ANY_OBJECT, "limits": ANY_OBJECT, "claims": OBJECTS},
+        },
+        "shm.sizeLimit": QUANTITY,
+        "scratch.tmpSizeLimit": QUANTITY,
+        "scratch.cacheSizeLimit": QUANTITY,
+        "nodeSelector": TEXTS,
+        "dnsPolicy": {"enum": ["", "ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"]},
+        "podSecurityContext": ANY_OBJECT,
+        "securityContext": ANY_OBJECT,
+        "podAnnotations": TEXTS,
+        "podLabels": TEXTS,
+        "serviceAccount.name": OBJECT_NAME,
+        "serviceAccount.annotations": TEXTS,
+        "service.annotations": TEXTS,
+        "service.labels": TEXTS,
+        "metrics.prometheusRule.labels": TEXTS,
+        "metrics.dashboards.labels": TEXTS,
+        "metrics.dashboards.annotations": TEXTS,
+        "metrics.dashboards.namespace": LABEL_NAME,
+        "keda.minReplicaCount": COUNT,
+        "keda.maxReplicaCount": POSITIVE_OR_NONE,
+        "keda.idleReplicaCount": {"type": ["integer", "null"], "minimum": 0, "maximum": 0},
+        "keda.pollingInterval": POSITIVE,
+        "keda.cooldownPeriod": COUNT,
+        "keda.initialCooldownPeriod": COUNT,
+        "keda.kafka.lagThreshold": POSITIVE,
+        "keda.kafka.activationLagThreshold": COUNT,
+        "keda.kafka.partitionLimitation": {
+            "type": "string",
+            "pattern": "^([0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*)?$",
+        },
+        "keda.kafka.version": {"type": "string", "pattern": r"^([0-9]+\.[0-9]+(\.[0-9]+){0,2})?$"},
+        "keda.authenticationRef": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "name": OBJECT_NAME,
+                "kind": {"enum": ["TriggerAuthentication", "ClusterTriggerAuthentication"]},
+            },
+        },
+        "keda.fallback": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["failureThreshold", "replicas"],
+            "properties": {
+                "failureThreshold": COUNT,
+                "replicas": COUNT,
+                "behavior": {
+                    "enum": ["static", "currentReplicas", "currentReplicasIfHigher", "currentReplicasIfLower"]
+                },
+            },
+        },
+        "keda.behavior": ANY_OBJECT,
+        "keda.annotations": TEXTS,
+        "autoscaling.minReplicas": POSITIVE,
+        "autoscaling.maxReplicas": POSITIVE_OR_NONE,
+        "autoscaling.behavior": ANY_OBJECT,
+        "podDisruptionBudget.maxUnavailable": PODS_OR_PERCENT,
+        "podDisruptionBudget.unhealthyPodEvictionPolicy": {"enum": ["AlwaysAllow", "IfHealthyBudget"]},
+        "networkPolicy.kafkaPorts": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 1, "maximum": 65535},
+        },
+        "topics.partitions": POSITIVE_OR_NONE,
+        "topics.replication": POSITIVE_OR_NONE,
+        "topics.resources": ANY_OBJECT,
+        "topics.annotations": TEXTS,
+        "extraEnv": {"type": "array", "items": VARIABLE},
+        "extraObjects": {"type": "array", "items": {"type": ["object", "string"]}},
+    }
+    | {
+        f"metrics.{monitor}.{name}": rule
+        for monitor in ("serviceMonitor", "podMonitor")
+        for name, rule in (("interval", DURATION), ("scrapeTimeout", DURATION), ("labels", TEXTS))
+    }
+    | {
+        f"probes.{probe}.{name}": POSITIVE
+        for probe in ("startup", "liveness", "readiness")
+        for name in ("periodSeconds", "failureThreshold", "timeoutSeconds")
+    }
+)
+
+# What two values cannot be together, as KEDA's own Validate of its Kafka scaler refuses it.
+EXCLUSIONS: dict[str, dict[str, Any]] = {
+    "keda.kafka": {
+        "if": {
+            "properties": {"limitToPartitionsWithLag": {"const": True}},
+            "required": ["limitToPartitionsWithLag"],
+        },
+        "then": {"properties": {"allowIdleConsumers": FALSE, "ensureEvenDistributionOfPartitions": FALSE}},
+    }
+}
+
+# Values that Helm itself puts into a chart that is a part of another.
+OF_PARENT_CHARTS = {
+    "global": {"type": "object", "description": "Values that a parent chart shares with all of its charts."},
+    "enabled": {"type": "boolean", "description": "For a parent chart's `condition`; not read here."},
+}
+
+
+def values_schema() -> dict[str, Any]:
+    """The schema of values.yaml.  Raises ValueError for a rule about a value that is not there, and the reverse."""
+    text = (CHART / "values.yaml").read_text(encoding="utf-8")
+    comments = comments_of(text)
+    unused = set(RULES) | set(EXCLUSIONS)
+    schema = _object(yaml.safe_load(text), "", comments, unused)
+    if unused:
+        raise ValueError(f"rules about values that are not there: {', '.join(sorted(unused))}")
+    schema["properties"] = {**schema["properties"], **OF_PARENT_CHARTS}
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "inferstream", **schema}
+
+
+def comments_of(text: str) -> dict[str, str]:
+    """Path → the text of the ``# --`` comment above it, on one line."""
+    found: dict[str, str] = {}
+    path: list[tuple[int, str]] = []
+    comment: list[str] = []
+    for line in text.splitlines():
+        if match := re.match(r"\s*# ?(-- )?(.*)", line):
+            if match[1]:
+                comment = [match[2]]
+            elif comment:
+                comment.append(match[2])
+            continue
+        if match := re.match(r"( *)([A-Za-z_]+):", line):
+            indent = len(match[1])
+            path = [*((depth, name) for depth, name in path if depth < indent), (indent, match[2])]
+            if comment:
+                found[".".join(name for _, name in path)] = " ".join(comment)
+        comment = []
+    return found
+
+
+def _object(values: dict[str, Any], path: str, comments: dict[str, str], unused: set[str]) -> dict[str, Any]:
+    properties = {}
+    for name, value in values.items():
+        key = f"{path}{name}"
+        described = {"description": comments[key]} if key in comments else {}
+        properties[name] = {**described, **_leaf(key, value, comments, unused)}
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def _leaf(key: str, value: Any, comments: dict[str, str], unused: set[str]) -> dict[str, Any]:
+    if key == "config":
+        return {"description": "The service's settings.", **_config()}
+    if key in RULES:
+        unused.discard(key)
+        return RULES[key]
+    if isinstance(value, dict) and value:
+        unused.discard(key)
+        return {**_object(value, f"{key}.", comments, unused), **EXCLUSIONS.get(key, {})}
+    if isinstance(value, bool):
+        return {"type": "boolean"}
+    if isinstance(value, str):
+        return {"type": "string"}
+    if isinstance(value, list):
+        return OBJECTS
+    if isinstance(value, dict):
+        return ANY_OBJECT
+    raise ValueError(f"{key}: its default {value!r} does not tell what it may be; say it in RULES")
+
+
+def _config() -> dict[str, Any]:
+    """The settings tree.  Secrets, which it leaves out, are let through: a template refuses them with a sentence."""
+    schema = json_schema()
+    schema = {name: part for name, part in schema.items() if name not in ("$schema", "title")}
+    for setting in SETTINGS.values():
+        if setting.is_secret:
+            *sections, name = setting.key.split(".")
+            section = schema
+            for part in sections:
+                section = section["properties"][part]
+            section["properties"][name] = {"description": "Refused: a secret has no place in values."}
+    return schema
+
+
+def main() -> int:
+    text = json.dumps(values_schema(), indent=1, ensure_ascii=False) + "\n"
+    if sys.argv[1:] == ["--check"]:
+        if not SCHEMA.is_file() or SCHEMA.read_text(encoding="utf-8") != text:
+            print(f"{SCHEMA} is not current: run make chart", file=sys.stderr)
+            return 1
+        return 0
+    SCHEMA.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
