@@ -28,8 +28,7 @@ async def main(options: dict[str, Any]) -> None:
             dtype=options["dtype"],
             batch_size=options["batch_size"],
             lengths_via_tokenize=options["lengths_via_tokenize"],
-            # It needs an optimum that this transformers does not work with; the model attends with SDPA instead.
-            bettertransformer=False,
+            bettertransformer=False,  # slower on a CPU than SDPA, and it needs older transformers
             model_warmup=False,  # with 512 tokens, which this model does not take
         )
     )
