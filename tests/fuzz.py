@@ -359,6 +359,17 @@ def _height(tree: Any) -> int:
     return height
 
 
+def _id_without_one(record: Fuzzed) -> str:
+    """What a document without an id is called: as it was when it was first read, if it is a replayed one."""
+    first = [
+        value for name, value in record.headers if name == "inferstream.id" and value and len(value) <= 1024
+    ]
+    try:
+        return first[0].decode()
+    except (IndexError, UnicodeDecodeError):
+        return f"{record.topic}:{record.partition}:{record.offset}"
+
+
 def verdict(value: bytes) -> tuple[set[Reason | None], Any]:
     """What ``decode`` may say of a JSON value under the default settings: its reasons, and the parsed value.
 
@@ -489,11 +500,7 @@ class Route:
             raise Failure(record, f"decoded, and should be {expected}")
         doc_id = tree.get("id")
         echoed = (
-            f"{record.topic}:{record.partition}:{record.offset}"
-            if doc_id is None
-            else doc_id
-            if type(doc_id) is str
-            else str(int(doc_id))
+            _id_without_one(record) if doc_id is None else doc_id if type(doc_id) is str else str(int(doc_id))
         )
         found = (document.id, document.text, document.text_pair, document.has_metadata)
         if found != (echoed, tree["text"], tree.get("text_pair"), "metadata" in tree):
