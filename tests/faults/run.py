@@ -124,7 +124,10 @@ async def run(
         report.duplicated, report.dead_letters = findings.duplicated, findings.dead_letters
         report.problems += findings.problems
     except Stuck as error:
-        report.problems.append(f"stuck: {error}; the last events: {scene.events[-3:]}")
+        report.problems.append(
+            f"stuck: {error}; {scene.observer.count} results, left {scene.feeder.left}, "
+            f"the last events: {scene.events[-3:]}"
+        )
     except Exception as error:
         report.problems.append(f"the harness itself failed: {error!r}")
         raise

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
@@ -19,7 +19,7 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 from tests.faults.checker import Rules
 from tests.faults.documents import header, record
 from tests.faults.fleet import Fleet, Member
-from tests.support.client import PARTITIONS, Kafka
+from tests.support.client import PARTITIONS, Kafka, Sent
 from tests.support.worker import merged, settings
 
 MAX_UNCOMMITTED = 500
@@ -88,8 +88,9 @@ class Feeder:
     ``committed`` and ``left`` (published and not committed) are per partition, as when it was last looked.
     """
 
-    def __init__(self, kafka: Kafka, source: str, group: str, seed: int) -> None:
+    def __init__(self, kafka: Kafka, source: str, group: str, seed: int, note: Callable[[str], None]) -> None:
         self._kafka = kafka
+        self._note = note
         self._source = source
         self._group = group
         self._seed = seed
@@ -99,22 +100,13 @@ class Feeder:
         self.left = [0] * PARTITIONS
 
     async def run(self) -> None:
-        producer = AIOKafkaProducer(
-            bootstrap_servers=self._kafka.bootstrap, enable_idempotence=True, linger_ms=5, acks="all"
-        )
-        await producer.start()
-        try:
-            async with asyncio.TaskGroup() as feeding:
-                for partition in range(PARTITIONS):  # one may have no leader while the others go on
-                    feeding.create_task(self._feed(producer, partition))
-                while True:
-                    with contextlib.suppress(KafkaError, OSError):  # the coordinator is away
-                        await self.look()
-                    await asyncio.sleep(0.1)
-        finally:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(60):
-                    await producer.stop()
+        async with asyncio.TaskGroup() as feeding:
+            for partition in range(PARTITIONS):  # one may have no leader while the others go on
+                feeding.create_task(self._feed(partition))
+            while True:
+                with contextlib.suppress(KafkaError, OSError):  # the coordinator is away
+                    await self.look()
+                await asyncio.sleep(0.1)
 
     async def look(self) -> None:
         committed = await self._kafka.committed(self._group, self._source)
@@ -125,26 +117,29 @@ class Feeder:
         """Whether each partition has more left than a worker may hold of it."""
         return min(self.left) > MAX_UNCOMMITTED
 
-    async def _feed(self, producer: AIOKafkaProducer, partition: int) -> None:
+    async def _feed(self, partition: int) -> None:
         while True:
-            self.left[partition] = self._published[partition] - self.committed[partition]
-            if self.left[partition] < AHEAD // 2:
-                with contextlib.suppress(KafkaError):  # what was published all the same is input as well
-                    await self._publish(producer, partition, AHEAD - self.left[partition])
+            missing = AHEAD - self._published[partition] + self.committed[partition]
+            if missing > AHEAD // 2:
+                records = [self._record(n, partition) for n in itertools.islice(self._numbers, missing)]
+                try:
+                    # Not idempotent, so that it gives up; what is there twice is input like any other.
+                    await self._kafka.produce(
+                        self._source,
+                        records,
+                        enable_idempotence=False,
+                        acks="all",
+                        linger_ms=5,
+                        request_timeout_ms=CLIENT_TIMEOUT_MS,
+                    )
+                    self._published[partition] += missing
+                except (KafkaError, OSError) as error:
+                    self._note(f"publishing to partition {partition} failed: {error!r}")
             await asyncio.sleep(0.1)
 
-    async def _publish(self, producer: AIOKafkaProducer, partition: int, count: int) -> None:
-        sent = []
-        for number in itertools.islice(self._numbers, count):
-            if number % 100 == 0:
-                await asyncio.sleep(0)  # the proxies share this loop
-            key, value = record(self._seed, number)
-            headers = list(header(self._seed))
-            sent.append(
-                await producer.send(self._source, value, key=key, headers=headers, partition=partition)
-            )
-        await asyncio.gather(*sent)
-        self._published[partition] += count
+    def _record(self, number: int, partition: int) -> Sent:
+        key, value = record(self._seed, number)
+        return Sent(key, value, header(self._seed), partition)
 
 
 class Scene:
@@ -182,7 +177,7 @@ class Scene:
         self._changes = self._draw_settings()
         self.fleet = Fleet(folder, self._tree, under_orders, excused, self.note)
         self.observer = Observer(kafka.bootstrap, (self.target, self.dead_letters), self.outputs)
-        self.feeder = Feeder(kafka, self.source, self.group, seed)
+        self.feeder = Feeder(kafka, self.source, self.group, seed, self.note)
         self._tasks: list[asyncio.Task[None]] = []
 
     def note(self, line: str) -> None:
