@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.batching import ArrivalOrder, FullestClass, simulate
@@ -136,6 +136,12 @@ operations = st.lists(
 )
 
 
+@example(
+    steps=[[10, 1, 1, 1, 1, 1, 1, 1, 1, 33], "form", [1, 1, 1, 1, 1, 1, 1, 32, 33, 32]],
+    max_tokens=160,
+    max_items=5,
+    padded=True,
+)
 @settings(max_examples=300, deadline=None)
 @given(operations, st.integers(1, 400), st.integers(1, 20), st.booleans())
 def test_window_when_load_is_random_then_its_promises_hold(
@@ -169,12 +175,18 @@ def test_window_when_load_is_random_then_its_promises_hold(
             if step == "arrival" or not padded:
                 assert batch == waiting[: len(batch)]
             left = [item for item in waiting if item not in batch]
-            if left and len(batch) < max_items and not (step == "arrival" and padded):
-                # Nothing that is left would have fitted by costing no more than its place.
-                shortest = min(lengths(left)) if padded else left[0].length
-                assert cost(batch, padded) + (max(lengths(batch)) if padded else shortest) > max_tokens or (
-                    padded and shortest > max(lengths(batch))
-                )
+            if len(batch) < max_items and not (step == "arrival" and padded):
+                # Nothing that was first in line would have fitted.
+                in_line: dict[int, int] = {}
+                for item in left:
+                    in_line.setdefault(Window.class_of(item.length) if padded else 0, item.length)
+                for length in in_line.values():
+                    more = (
+                        max(length, *lengths(batch)) * (len(batch) + 1)
+                        if padded
+                        else cost(batch, False) + length
+                    )
+                    assert more > max_tokens
             taken += batch
             waiting = left
         assert len(window) == len(waiting)

@@ -110,13 +110,18 @@ KINDS = ["plain"] * 8 + [*TEXTS, "broken", "oversize", "tombstone", "tombstone w
 class MoodyTask(HashTask):
     """Hashes, but for two kinds of documents."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unfinished: set[str] = set()
+
     def prepare(self, documents: Any) -> list[Prepared | Rejected]:
+        self._unfinished |= {document.id for document in documents if document.text.startswith("unfinished")}
         if any(document.text.startswith("unprepared") for document in documents):
             raise ValueError("unprepared")
         return super().prepare(documents)
 
     def output(self, prepared: Prepared, vectors: np.ndarray) -> dict[str, Any]:
-        if prepared.document.text.startswith("unfinished"):
+        if prepared.document.id in self._unfinished:
             raise ValueError("unfinished")
         return super().output(prepared, vectors)
 

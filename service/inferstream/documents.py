@@ -75,10 +75,14 @@ class Document:
     metadata: Any = None
     has_metadata: bool = False
 
+    def without_text(self) -> Document:
+        """What the result still needs once the model's input is made: 1 MB of text may be 256 tokens."""
+        return Document(self.id, "", None, self.metadata, self.has_metadata)
+
 
 @dataclass(slots=True)
 class Prepared:
-    """A document ready for the device.
+    """A document ready for the device; ``document`` has its text no longer.
 
     ``chunks`` holds one model input per chunk (for text models an int32 array of token ids, special tokens
     included); a document that is not cut has exactly one.  ``lengths`` are their token counts.  ``weight`` is

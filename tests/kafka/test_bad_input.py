@@ -28,7 +28,7 @@ class Row:
     value: bytes | None
     outcome: str
     key: bytes | None = b"key"
-    headers: tuple[tuple[str, bytes | None], ...] = ()
+    headers: tuple[tuple[str | bytes, bytes | None], ...] = ()
 
 
 def text(value: object) -> bytes:
@@ -60,6 +60,7 @@ ROWS = [
     Row("duplicate ids", orjson.dumps({"id": 42, "text": "the same id again"}), "result"),
     Row("unknown fields", orjson.dumps({"id": "u", "text": "unknown fields", "more": {"a": [1]}}), "result"),
     Row("headers with null values", text("null headers"), "result", headers=(("trace", None), ("a", b"1"))),
+    Row("a header name that is not UTF-8", text("odd header"), "result", headers=((b"\xff\xfe", b"1"),)),
     Row("5 MB of text", text("a sentence of five words " * (5 * MIB // 25)), "result"),
     Row("1,000,000 tokens", text(MILLION_TOKENS), "result"),
     Row("tombstone with key", None, "tombstone", key=b"gone"),
@@ -132,6 +133,8 @@ async def test_each_row_of_the_table_when_sent_then_has_its_outcome_and_its_mate
     assert by_name["5 MB of text"]["usage"]["truncated"] is True
     assert by_name["1,000,000 tokens"]["usage"]["truncated"] is True
     nulls = dict(results[2 * [row.name for row in ROWS].index("headers with null values")].headers)
+    odd = dict(results[2 * [row.name for row in ROWS].index("a header name that is not UTF-8")].headers)
+    assert odd["\ufffd\ufffd"] == b"1"
     assert nulls["trace"] is None and nulls["a"] == b"1" and nulls["inferstream.schema"] == b"result/1"
 
 

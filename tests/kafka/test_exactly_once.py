@@ -48,6 +48,11 @@ async def verdict_on(kafka: Kafka, source: str, target: str) -> Verdict:
     return verdict
 
 
+async def transaction_is_open(kafka: Kafka, target: str) -> bool:
+    written = sum((await kafka.end_offsets(target, isolation="read_uncommitted")).values())
+    return written > await results_so_far(kafka, target)
+
+
 async def drained(worker: Worker) -> None:
     worker.terminate()
     assert await worker.ended(40) == 0, worker.stderr_text()[-3000:]
@@ -82,11 +87,15 @@ async def test_results_when_killed_five_times_then_each_is_visible_once_in_order
     chance = random.Random(seed)
     print(f"seed {seed}")
     source, target, group = await make_topics(kafka, "once-killed", 30_000)
-    tree = tree_of(kafka, (source, target, group), SLOW_ONCE)
+    # Long transactions: what is seen open is still open when the kill arrives.
+    tree = tree_of(
+        kafka, (source, target, group), merged(SLOW_ONCE, {"delivery": {"commit_interval_ms": 900}})
+    )
     for _ in range(kills):
         goal = await results_so_far(kafka, target) + chance.randrange(200, 2500)
         worker = launch(tree)
         await until(partial(has_results, kafka, target, goal), 60, f"{goal} results")
+        await until(partial(transaction_is_open, kafka, target), 60, "an open transaction")
         worker.kill9()
         await worker.ended(10)
         assert not await caught_up(kafka, group, source), "the input ended before the kills did"

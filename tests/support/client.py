@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
@@ -21,11 +22,15 @@ from aiokafka.errors import (
     TopicAlreadyExistsError,
     for_code,
 )
+from aiokafka.record.util import calc_crc32c
 
 DEADLINE_S = 60.0
 """How long a helper waits for the broker before it fails the test."""
 
 PARTITIONS = 4
+
+CRC_AT, BODY_AT = 17, 21
+"""Where a v2 record batch has its checksum, and what that covers."""
 
 
 class Sent(NamedTuple):
@@ -33,8 +38,22 @@ class Sent(NamedTuple):
 
     key: bytes | None
     value: bytes | None
-    headers: Sequence[tuple[str, bytes | None]] = ()
+    headers: Sequence[tuple[str | bytes, bytes | None]] = ()  # bytes: a name that is not UTF-8
     partition: int | None = None
+
+
+def masked(name: bytes) -> bytes:
+    """ASCII that takes a header name's place in a batch until it is built."""
+    return bytes(byte & 0x7F for byte in name)
+
+
+def unmasked(build: Callable[[], bytearray], names: Iterable[bytes]) -> bytearray:
+    """The built batch, uncompressed, with its header names as they are to be, and the checksum of that."""
+    data = build()
+    for name in names:
+        data = data.replace(masked(name), name)
+    data[CRC_AT:BODY_AT] = calc_crc32c(data[BODY_AT:]).to_bytes(4, "big")
+    return data
 
 
 def unique(name: str) -> str:
@@ -98,13 +117,19 @@ class Kafka:
             futures = []
             for record in records:
                 key, value, headers, partition = Sent(*record)
-                if (
-                    key is None and value is None and partition is not None
-                ):  # send() refuses; a batch does not
+                raw = [name for name, _ in headers if isinstance(name, bytes)]
+                # send() refuses both; a batch does not
+                if partition is not None and (raw or (key is None and value is None)):
                     await producer.flush()
                     batch = producer.create_batch()
-                    batch.append(timestamp=None, key=None, value=None, headers=list(headers))
+                    names = [masked(name).decode() if name in raw else name for name, _ in headers]
+                    values = [value for _, value in headers]
+                    batch.append(
+                        timestamp=None, key=key, value=value, headers=[*zip(names, values, strict=True)]
+                    )
                     batch.close()
+                    if raw:
+                        batch._build = partial(unmasked, batch._build, raw)
                     futures.append(await producer.send_batch(batch, topic, partition=partition))
                     continue
                 futures.append(

@@ -32,7 +32,7 @@ from aiokafka.errors import (
 from aiokafka.protocol.admin import DescribeConfigsRequest
 
 from inferstream.errors import KafkaRefused, SettingsError
-from inferstream.kafka import renewal
+from inferstream.kafka import renewal, unpacking
 from inferstream.kafka.handshake import (
     may_speak_otherwise,
     refusal_in,
@@ -57,6 +57,8 @@ FIRST_ATTEMPT_S = (
     10.0  # a host that swallows packets must not use up the time of the others; doubled each time
 )
 TOPIC_RESOURCE = 2
+
+unpacking.install()
 
 
 @dataclass(frozen=True, slots=True)

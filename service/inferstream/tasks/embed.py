@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -127,5 +126,5 @@ def combine(vectors: np.ndarray, weights: Sequence[int], *, normalize: bool) -> 
 def _prepared(
     document: Document, chunks: tuple[Any, ...], lengths: tuple[int, ...], *, truncated: bool
 ) -> Prepared:
-    weight = sys.getsizeof(document.text) + sum(8 * length + ROW_OVERHEAD for length in lengths)
-    return Prepared(document, chunks, lengths, truncated, weight)
+    weight = sum(8 * length + ROW_OVERHEAD for length in lengths)
+    return Prepared(document.without_text(), chunks, lengths, truncated, weight)

@@ -5,7 +5,6 @@ It imports no torch, needs no file and costs next to nothing.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -70,8 +69,8 @@ class HashTask:
                 answers.append(self._long(document, size))
                 continue
             length = size // CHARACTERS_PER_TOKEN + 1
-            weight = sys.getsizeof(text) + OVERHEAD
-            answers.append(Prepared(document, (digest(text, pair),), (length,), False, weight))
+            kept = document.without_text()
+            answers.append(Prepared(kept, (digest(text, pair),), (length,), False, OVERHEAD))
         return answers
 
     def output(self, prepared: Prepared, vectors: np.ndarray) -> dict[str, Any]:
@@ -81,11 +80,11 @@ class HashTask:
 
     def _long(self, document: Document, size: int) -> Prepared | Rejected:
         text, pair = document.text, document.text_pair
-        weight = sys.getsizeof(text) + OVERHEAD
         tokens = size // CHARACTERS_PER_TOKEN + 1
         if self._long_documents == "truncate":
             # the vector is that of the whole text: a test can tell it from the text alone
-            return Prepared(document, (digest(text, pair),), (self._max_length,), True, weight)
+            kept = document.without_text()
+            return Prepared(kept, (digest(text, pair),), (self._max_length,), True, OVERHEAD)
         step = self._characters - 1  # so that a full chunk has max_length tokens
         parts = -(-size // step)
         if self._long_documents == "reject" or parts > self._max_chunks or pair is not None:
@@ -96,7 +95,8 @@ class HashTask:
             )
         chunks = [text[at : at + step] for at in range(0, size, step)]
         lengths = tuple(len(chunk) // CHARACTERS_PER_TOKEN + 1 for chunk in chunks)
-        return Prepared(document, tuple(map(digest, chunks)), lengths, False, weight + OVERHEAD * parts)
+        digests = tuple(map(digest, chunks))
+        return Prepared(document.without_text(), digests, lengths, False, OVERHEAD * parts)
 
 
 class HashRunner:
