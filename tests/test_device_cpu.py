@@ -33,7 +33,7 @@ class Doubling:
 
     def run(self, items: Sequence[Any]) -> np.ndarray:
         self.running.release()
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         for item in items:
             if isinstance(item, BaseException):
                 raise item
@@ -74,7 +74,7 @@ def test_flights_when_a_thread_waited_then_idle_and_stalled_are_told_apart(runne
     device = CpuDevice(runner, 1)
     runner.gate.clear()
     device.launch(0, [1])
-    assert runner.running.acquire(timeout=10)
+    assert runner.running.acquire(timeout=60)
     time.sleep(0.1)  # begun, and no CPU time for it
     runner.gate.set()
     first = wait(device)
@@ -115,7 +115,7 @@ def test_launch_when_there_are_several_lanes_computes_side_by_side(
     assert device.lanes == 2
     assert device.slots == 3  # one is staged
     for _ in range(2):
-        assert runner.running.acquire(timeout=10)
+        assert runner.running.acquire(timeout=60)
     assert not runner.running.acquire(timeout=0.05)  # the third waits for a lane
     runner.gate.set()
     assert {wait(device).slot for _ in range(3)} == {0, 1, 2}

@@ -97,7 +97,7 @@ async def test_results_when_killed_five_times_then_each_is_visible_once_in_order
         await until(partial(has_results, kafka, target, goal), 60, f"{goal} results")
         await until(partial(transaction_is_open, kafka, target), 60, "an open transaction")
         worker.kill9()
-        await worker.ended(10)
+        await worker.ended(60)
         assert not await caught_up(kafka, group, source), "the input ended before the kills did"
     worker = launch(tree)
     await until(lambda: caught_up(kafka, group, source), 120, "the last worker to finish")
@@ -165,7 +165,7 @@ async def test_predecessor_when_it_has_our_transactional_id_then_its_transaction
     worker = launch(tree)
     await until(lambda: has_results(kafka, target, 1001), 60, "the first results")
     worker.kill9()
-    await worker.ended(10)
+    await worker.ended(60)
     # Without the id's first act, the open transaction would hold the results back for ten minutes.
     worker = launch(tree)
     await until(lambda: caught_up(kafka, group, source), 60, "the next worker to finish")

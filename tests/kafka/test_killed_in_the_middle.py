@@ -86,7 +86,7 @@ async def test_results_when_killed_ten_times_then_nothing_is_missing_and_order_h
 
         await until(partial(has_results, kafka, target, goal), 60, f"{goal} results")
         worker.kill9()
-        assert await worker.ended(10) == -9
+        assert await worker.ended(60) == -9
         committed = await settled(kafka, group, source)
         if sum(committed.values()) < total:  # there was input left
             committed_at_kill.append(committed)
@@ -178,7 +178,7 @@ async def test_results_when_the_real_model_is_killed_then_nothing_is_missing(
 
     await until(lambda: has_results(kafka, target, 100), 90, "100 results")
     worker.kill9()
-    await worker.ended(10)
+    await worker.ended(60)
     assert sum((await kafka.committed(group, source)).values()) < total
     worker = launch(tree)
     await until(lambda: caught_up(kafka, group, source), 120, "the second worker to finish")

@@ -118,7 +118,7 @@ async def test_latest_when_killed_before_the_first_result_then_what_arrived_mean
     worker = launch(tree)
     await until(lambda: caught_up(kafka, group, source), 60, "the start to be committed")
     worker.kill9()
-    await worker.ended(10)
+    await worker.ended(60)
     await kafka.produce(source, documents(20))
     await process_all(kafka, launch, tree, source, group)
     assert len(await kafka.read_all(target)) == 20

@@ -196,10 +196,14 @@ async def subject(
 async def stopped_broker(broker: Broker, folder: Path) -> Sequence[Growth]:
     """A backlog, and the broker stops in the middle: first frozen, then killed and started again."""
     count = 2000
-    async with subject(broker, folder, document_s=0.002) as worker:
+    async with subject(broker, folder, document_s=0.003) as worker:
+        worker.hold.touch()  # until the backlog is there, and until the broker has stopped: something is left then
         await worker.publish(document(20_000), count)
+        worker.hold.unlink()
         await worker.until_answered(WARM + 50)
+        worker.hold.touch()
         freeze(broker)
+        worker.hold.unlink()
         await worker.until_steady()
         await asyncio.sleep(STILL_S)
         frozen = worker.growth("broker frozen (SIGSTOP)")
@@ -207,7 +211,9 @@ async def stopped_broker(broker: Broker, folder: Path) -> Sequence[Growth]:
         before = sum((await broker.end_offsets(worker.target)).values())
         assert before < WARM + count
         await worker.until_answered(before + 20)
+        worker.hold.touch()
         broker.kill()
+        worker.hold.unlink()
         await worker.until_steady()
         await asyncio.sleep(STILL_S)
         killed = worker.growth("broker killed")
