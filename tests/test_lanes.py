@@ -214,3 +214,76 @@ def test_release_when_unordered_and_limited_then_keeps_a_place_for_the_head() ->
     assert (a.state, c.state) == (RELEASED, COMPLETED)
     lane.acknowledge(a)
     assert lane.release(2) == [c, d]
+
+
+def test_release_when_closing_then_stops_at_the_fence_and_is_finished_when_that_is_settled() -> None:
+    lane = Lane("in", 0, epoch=1, start=0)
+    slots = admit(lane, 0, 1, 2, 3)
+    complete(lane, *slots)
+    lane.close(2)
+    assert not lane.handed_on
+    assert lane.release() == slots[:2]
+    assert lane.handed_on and not lane.finished and lane.release() == []
+    for slot in slots[:2]:
+        lane.acknowledge(slot)
+    assert lane.finished and len(lane) == 2 and lane.watermark == 2
+
+
+def test_resume_when_suspended_then_goes_on_where_it_was_in_order() -> None:
+    lane = Lane("in", 0, epoch=1, start=0)
+    slots = admit(lane, 0, 1, 2, 3)
+    complete(lane, slots[0], slots[1], slots[3])
+    assert lane.release() == slots[:2]
+    lane.suspend()
+    lane.take_back([slots[1]])
+    complete(lane, slots[2])
+    assert lane.release() == [] and lane.unsettled == 1
+    lane.acknowledge(slots[0])  # it was with the broker: that is so whoever owns the partition
+    lane.resume(2)
+    assert lane.epoch == 2 and lane.watermark == 1
+    slots += admit(lane, 4)
+    assert lane.release() == slots[1:4]
+
+
+def test_lane_when_not_open_then_admits_nothing() -> None:
+    lane = Lane("in", 0, epoch=1, start=0)
+    for end in (lane.close, lane.suspend):
+        end()
+        with pytest.raises(ValueError, match="is closed"):
+            admit(lane, 0)
+        lane.advance(7)
+        assert lane.position == 0
+
+
+def test_lane_when_dropped_then_it_never_comes_back() -> None:
+    lane = Lane("in", 0, epoch=1, start=0)
+    admit(lane, 0)
+    lane.suspend()
+    assert len(lane.drop(0)) == 1
+    for way in (lane.suspend, lane.close, lambda: lane.resume(2)):
+        with pytest.raises(ValueError, match="was dropped"):
+            way()
+
+
+def test_lane_when_not_suspended_then_nothing_is_resumed_or_taken_back() -> None:
+    lane = Lane("in", 0, epoch=1, start=0)
+    slots = admit(lane, 0)
+    complete(lane, *slots)
+    lane.release()
+    with pytest.raises(ValueError, match="not suspended"):
+        lane.resume(2)
+    with pytest.raises(ValueError, match="cannot be taken back"):
+        lane.take_back(slots)
+
+
+def test_release_when_unordered_and_closing_then_stops_at_the_fence() -> None:
+    lane = Lane("in", 0, epoch=1, start=0, ordered=False)
+    slots = admit(lane, 0, 1, 2, 3)
+    complete(lane, slots[3], slots[2], slots[0])
+    lane.close(3)
+    assert lane.release() == [slots[2], slots[0]]
+    lane.suspend()
+    complete(lane, slots[1])
+    assert lane.release() == []
+    lane.resume(2)
+    assert set(lane.release()) == {slots[1], slots[3]}

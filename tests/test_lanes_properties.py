@@ -29,7 +29,10 @@ class Fetched:
 
 
 class LaneLife(RuleBasedStateMachine):
-    """Records come with gaps, complete and are acknowledged in any order, until the lane is dropped."""
+    """Records come with gaps, complete and are acknowledged in any order, until the lane is dropped.
+
+    Meanwhile it may be closed, suspended and resumed, again and again.
+    """
 
     @initialize(start=st.integers(0, 5), ordered=st.booleans(), limit=st.none() | st.integers(1, 4))
     def assigned(self, start: int, ordered: bool, limit: int | None) -> None:
@@ -42,12 +45,15 @@ class LaneLife(RuleBasedStateMachine):
         self.credit = 0
         self.watermark = start
         self.first_dropped: int | None = None
+        self.behind = False  # whether something was ever taken back
+        self.state = "open"
+        self.fence = 0  # of the closing lane
 
     def pick(self, data: st.DataObject, state: int) -> Slot | None:
         slots = [slot for slot in self.slots if slot.state == state]
         return data.draw(st.sampled_from(slots)) if slots else None
 
-    @precondition(lambda self: not self.lane.closed)
+    @precondition(lambda self: self.state == "open")
     @rule(gaps=st.lists(st.sampled_from([0, 0, 0, 1, 7]), min_size=1, max_size=4))
     def fetch(self, gaps: list[int]) -> None:
         for gap in gaps:
@@ -76,9 +82,49 @@ class LaneLife(RuleBasedStateMachine):
 
     @rule()
     def send(self) -> None:
-        for slot in self.lane.release(self.limit):
+        run = self.lane.release(self.limit)
+        assert not run or self.state != "suspended"
+        for slot in run:
             assert slot.outcome is not None
+            assert self.state != "closing" or slot.offset < self.fence
             self.sent.append(slot.offset)
+
+    @precondition(lambda self: self.state == "open")
+    @rule(keep=st.none() | st.integers(0, 5), chance=st.integers(0, 3))
+    def close(self, keep: int | None, chance: int) -> None:
+        if chance != 1:
+            return
+        held = [slot.offset for slot in self.lane]
+        self.lane.close(keep)
+        self.state = "closing"
+        self.fence = self.lane.position if keep is None or keep >= len(held) else held[keep]
+        assert self.lane.finished == all(offset >= self.fence for offset in held)
+
+    @precondition(lambda self: self.state in ("open", "closing"))
+    @rule(data=st.data(), back=st.integers(0, 6), chance=st.integers(0, 2))
+    def suspend(self, data: st.DataObject, back: int, chance: int) -> None:
+        """What was released and went to nobody comes back."""
+        if chance != 1 and self.state == "open":
+            return
+        self.lane.suspend()
+        self.state = "suspended"
+        for _ in range(back):
+            self.batch_fails(data)
+
+    @precondition(lambda self: self.state == "suspended")
+    @rule(data=st.data())
+    def batch_fails(self, data: st.DataObject) -> None:
+        slot = self.pick(data, RELEASED)
+        if slot is not None:
+            self.lane.take_back([slot])
+            self.sent.remove(slot.offset)
+            self.behind = True
+
+    @precondition(lambda self: self.state == "suspended")
+    @rule()
+    def resume(self) -> None:
+        self.lane.resume(self.lane.epoch + 1)
+        self.state = "open"
 
     @rule(data=st.data(), count=st.integers(1, 6))
     def broker_answers(self, data: st.DataObject, count: int) -> None:
@@ -93,6 +139,7 @@ class LaneLife(RuleBasedStateMachine):
         if chance != 5:
             return  # lanes live long enough to be interesting
         dropped = self.lane.drop(keep)
+        self.state = "dropped"
         self.credit -= len(dropped)
         if dropped:
             self.first_dropped = dropped[0].offset
@@ -111,9 +158,13 @@ class LaneLife(RuleBasedStateMachine):
 
     @invariant()
     def each_is_sent_once_and_in_order(self) -> None:
+        """What came back is sent again in its turn: behind what was sent before it, before what was not."""
         assert len(set(self.sent)) == len(self.sent)
-        if self.lane.ordered:
+        if self.lane.ordered and not self.behind:
             assert self.sent == self.fetched[: len(self.sent)]
+        waiting = [slot.offset for slot in self.lane._queue]
+        assert not self.lane.ordered or waiting == sorted(waiting)
+        assert not set(waiting) & set(self.sent)
 
     @invariant()
     def repeats_after_a_crash_are_bounded(self) -> None:
@@ -134,6 +185,9 @@ class LaneLife(RuleBasedStateMachine):
         """Whatever happened, a lane that is left alone with working neighbours settles what it kept."""
         if not hasattr(self, "lane"):
             return
+        if self.state in ("closing", "suspended"):
+            self.lane.suspend()
+            self.lane.resume(self.lane.epoch + 1)
         for slot in self.slots:
             if slot.state == ADMITTED:
                 self.lane.complete(slot, RESULT)

@@ -62,7 +62,7 @@ class HandSink:
         slots, self.waiting = self.waiting, []
         self.pipeline.acknowledged(slots)
 
-    def forget_dropped(self) -> None:
+    def withdraw(self) -> None:
         return
 
 
@@ -332,11 +332,85 @@ async def test_closing_when_the_broker_is_silent_then_it_ends_at_the_deadline_an
     assert lane.watermark == 0 and pipeline.credit.documents == 0
 
 
+async def test_lane_when_suspended_then_the_device_goes_on_and_nothing_is_sent_or_computed_twice(
+    build: Build,
+) -> None:
+    running, computed = threading.Event(), list[bytes]()
+    running.set()
+
+    def hold(items: Sequence[bytes]) -> None:
+        computed.extend(items)
+        running.wait(DEADLINE_S)
+
+    pipeline, sink, _ = build(hold, threads=1, **{"batch.max_tokens": 16})
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n) for n in range(200)])
+    await until(lambda: len(sink.sent) >= 10)
+    running.clear()
+    assert not await pipeline.close_lanes([lane], 0.2, for_good=False)
+    pipeline.suspend_lanes([lane])
+    sent, held = len(sink.sent), len(lane)
+    assert 0 < held < 200 and pipeline.credit.documents == held
+
+    running.set()
+    await until(lambda: not lane.in_flight)
+    assert len(sink.sent) == sent and pipeline.credit.documents == held
+
+    pipeline.resume_lane(lane, 2)
+    pipeline.admit(lane, [record(n) for n in range(200, 210)])
+    await until(lambda: not len(lane))
+    assert [slot.offset for slot, _ in sink.sent] == list(range(210))
+    assert len(computed) == len(set(computed)) == 210
+    assert pipeline.credit.documents == 0 and lane.watermark == 210
+
+
+async def test_lane_when_suspended_and_dropped_then_nothing_of_it_is_left(build: Build) -> None:
+    running = threading.Event()
+    pipeline, sink, _ = build(lambda items: running.wait(DEADLINE_S), threads=1, **{"batch.max_tokens": 16})
+    lane, other = open_lane(pipeline), open_lane(pipeline, 1)
+    pipeline.admit(lane, [record(n) for n in range(100)])
+    await until(lambda: not pipeline.unprepared)
+    assert not await pipeline.close_lanes([lane, other], 0.05, for_good=False)
+    pipeline.suspend_lanes([lane, other])
+    pipeline.drop_lanes([lane])
+    pipeline.resume_lane(other, 2)
+    assert pipeline.credit.documents == 0 and not len(pipeline.window) and pipeline.stage.next_retry() is None
+
+    running.set()
+    pipeline.admit(other, [record(0)])
+    await until(lambda: not len(other))
+    assert [slot.lane for slot, _ in sink.sent] == [other]
+
+
+async def test_closing_when_lanes_may_come_back_then_the_time_goes_to_the_prefix_of_each(
+    build: Build,
+) -> None:
+    computed: list[bytes] = []
+
+    def slow(items: Sequence[bytes]) -> None:
+        import time
+
+        computed.extend(items)
+        time.sleep(0.005 * len(items))
+
+    pipeline, sink, _ = build(slow, threads=1, **{"batch.max_tokens": 16})
+    long, short = open_lane(pipeline), open_lane(pipeline, 1)
+    pipeline.admit(long, [record(n, f"long {n}") for n in range(600)])
+    pipeline.admit(short, [record(n, f"short {n}") for n in range(20)])  # behind all of the other's
+    await until(lambda: len(sink.sent) >= 10)
+    assert await pipeline.close_lanes([long, short], 1.0, for_good=False)
+    assert short.watermark == 20 and long.finished and 10 <= long.watermark < 600
+    done = len(sink.sent)
+    pipeline.suspend_lanes([long, short])
+    await until(lambda: not long.in_flight)
+    assert len(sink.sent) == done and len(computed) == len(set(computed)) == 620
+
+
 async def test_chunked_document_when_its_chunks_go_in_several_batches_then_it_has_one_result(
     build: Build,
 ) -> None:
     pipeline, sink, runner = build(**{"batch.max_tokens": 8192})
-    pipeline._task = HashTask(64, "chunk", 1000, pipeline._codec.embedding)
+    pipeline.processing.task = HashTask(64, "chunk", 1000, pipeline._codec.embedding)
     pipeline.window.max_tokens = 64
     lane = open_lane(pipeline)
     pipeline.admit(lane, [record(0, "long " * 400), record(1)])
@@ -413,7 +487,7 @@ async def test_chunked_document_when_each_of_its_chunks_fails_then_it_is_one_dea
         raise RuntimeError("no")
 
     pipeline, sink, _ = build(fail)
-    pipeline._task = HashTask(64, "chunk", 1000, pipeline._codec.embedding)
+    pipeline.processing.task = HashTask(64, "chunk", 1000, pipeline._codec.embedding)
     pipeline.window.max_tokens = 64
     lane = open_lane(pipeline)
     pipeline.admit(lane, [record(0, "long " * 400), record(1)])
@@ -433,9 +507,9 @@ async def test_chunked_document_when_one_of_its_chunks_fails_then_its_mates_are_
             raise RuntimeError("no")
 
     pipeline, sink, _ = build(fail_on_one)
-    pipeline._task = HashTask(64, "chunk", 1000, pipeline._codec.embedding)
+    pipeline.processing.task = HashTask(64, "chunk", 1000, pipeline._codec.embedding)
     text = " ".join(map(str, range(1000)))
-    bad.append(pipeline._task.prepare([Document("0", text)])[0].chunks[bad_chunk])  # type: ignore[union-attr]
+    bad.append(pipeline.processing.task.prepare([Document("0", text)])[0].chunks[bad_chunk])  # type: ignore[union-attr]
     pipeline.window.max_tokens = 256
     lane = open_lane(pipeline)
     pipeline.admit(lane, [record(0, text), record(1), record(2, text + " and more")])
@@ -451,7 +525,7 @@ async def test_model_when_it_gives_numbers_that_are_not_finite_then_only_that_do
     build: Build, text: str, number: float
 ) -> None:
     pipeline, sink, runner = build()
-    pipeline._task = task = HashTask(64, "chunk", 1000, pipeline._codec.embedding)
+    pipeline.processing.task = task = HashTask(64, "chunk", 1000, pipeline._codec.embedding)
     bad = task.prepare([Document("0", text)])[0].chunks[-1]  # type: ignore[union-attr]
     healthy = runner.run
 

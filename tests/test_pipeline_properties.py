@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,6 +210,8 @@ class Life(RuleBasedStateMachine):
         self.ends = [0] * partitions
         self.committed = [0] * partitions
         self.lanes: dict[int, Lane] = {}
+        self.suspended: dict[int, Lane] = {}
+        self.for_good = True
         self.told: dict[Lane, int] = {}
         self.closing: asyncio.Task[bool] | None = None
         self.commit: tuple[dict[int, Lane], dict[Lane, int]] | None = None
@@ -222,6 +224,8 @@ class Life(RuleBasedStateMachine):
     def assign(self) -> None:
         self.epoch += 1
         for number, offset in enumerate(self.committed):
+            if number in self.lanes:
+                continue  # it came back
             lane = Lane("in", number, self.epoch, offset, ordered=self.ordered)
             self.lanes[number] = lane
             self.told[lane] = 0
@@ -309,25 +313,53 @@ class Life(RuleBasedStateMachine):
                 self.loop.go(self.pipeline.committed, lane, count)
 
     @precondition(lambda self: self.lanes and self.closing is None)
-    @rule(timeout_s=st.sampled_from([0.0, 0.5, 10.0]), chance=st.integers(0, 2))
-    def revoke_begins(self, timeout_s: float, chance: int) -> None:
+    @rule(timeout_s=st.sampled_from([0.0, 0.5, 10.0]), chance=st.integers(0, 2), for_good=st.booleans())
+    def revoke_begins(self, timeout_s: float, chance: int, for_good: bool) -> None:
         if chance != 1:
             return  # epochs live long enough to be interesting
-        closing = self.pipeline.close_lanes(list(self.lanes.values()), timeout_s)
+        self.for_good = for_good
+        closing = self.pipeline.close_lanes(list(self.lanes.values()), timeout_s, for_good=for_good)
         self.closing = self.loop.go(self.loop.create_task, closing)
 
     @precondition(lambda self: self.closing is not None)
     @rule(other=st.integers(0, 4), commits=st.booleans())
     def revoke_ends(self, other: int, commits: bool) -> None:
-        """If it has ended: what is left is dropped; another member may own the partitions before we do again."""
+        """If it has ended: what is left is dropped or suspended.
+
+        If it is dropped, another member may own the partitions before we do again.
+        """
         assert self.closing is not None
-        if self.closing.done():
-            clean = self.closing.result()
-            self.closing = None
+        if not self.closing.done():
+            return
+        clean = self.closing.result()
+        self.closing = None
+        if self.for_good:
             assert not clean or all(len(lane) == 0 for lane in self.lanes.values())
             self.leave(commits)
-            self.another_member(other)
+            self.another_member(other, range(len(self.logs)))
             self.loop.go(self.assign)
+            return
+        assert not clean or all(lane.finished for lane in self.lanes.values())
+        self.suspended, self.lanes = self.lanes, {}
+        self.commit = None  # its answer is lost
+        self.loop.go(self.pipeline.suspend_lanes, list(self.suspended.values()))
+        if commits:
+            for partition, lane in self.suspended.items():
+                self.committed[partition] = lane.watermark
+
+    @precondition(lambda self: self.suspended)
+    @rule(lost=st.sets(st.integers(0, 2)), other=st.integers(0, 4))
+    def group_goes_on(self, lost: set[int], other: int) -> None:
+        """Some lanes come back; the partitions of the others may be another member's before they are ours again."""
+        lanes, self.suspended = self.suspended, {}
+        gone = {partition: lane for partition, lane in lanes.items() if partition in lost}
+        self.loop.go(self.pipeline.drop_lanes, list(gone.values()))
+        self.another_member(other, gone)
+        for partition, lane in lanes.items():
+            if partition not in gone:
+                self.lanes[partition] = lane
+                self.loop.go(self.pipeline.resume_lane, lane, self.epoch + 1)
+        self.loop.go(self.assign)
 
     @precondition(lambda self: self.lanes)
     @rule(other=st.integers(0, 4), chance=st.integers(0, 9))
@@ -339,7 +371,7 @@ class Life(RuleBasedStateMachine):
         if self.closing is not None:
             closing, self.closing = self.closing, None
             self.loop.go(closing)
-        self.another_member(other)
+        self.another_member(other, range(len(self.logs)))
         self.loop.go(self.assign)
 
     def leave(self, commits: bool) -> None:
@@ -353,9 +385,9 @@ class Life(RuleBasedStateMachine):
         assert (credit.documents, credit.bytes, credit.tokens) == (0, 0, 0)
         assert not len(self.pipeline.window) and self.stage.next_retry() is None
 
-    def another_member(self, count: int) -> None:
+    def another_member(self, count: int, partitions: Iterable[int]) -> None:
         """It answers some records from the committed offset on, and commits."""
-        for partition in range(len(self.logs)):
+        for partition in partitions:
             waiting = [
                 record for record in self.logs[partition] if record.offset >= self.committed[partition]
             ]
@@ -450,7 +482,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def credit_is_what_the_slots_hold_and_within_its_bound(self) -> None:
-        credit, lanes = self.pipeline.credit, self.lanes.values()
+        credit, lanes = self.pipeline.credit, [*self.lanes.values(), *self.suspended.values()]
         held = [slot for lane in lanes for slot in lane if slot.state <= RELEASED]
         assert credit.documents == len(held)
         assert credit.bytes == sum(slot.weight for slot in held)
@@ -462,9 +494,21 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def repeats_after_a_crash_are_bounded(self) -> None:
-        share = max(1, self.max_uncommitted // max(1, len(self.lanes)))
-        for lane in self.lanes.values():
+        lanes = [*self.lanes.values(), *self.suspended.values()]
+        share = max(1, self.max_uncommitted // max(1, len(lanes)))
+        for lane in lanes:
             assert lane.released - self.told[lane] <= share
+
+    @invariant()
+    def nothing_of_a_suspended_lane_waits_to_be_sent(self) -> None:
+        """What the producer was given before may still come back; nothing is added to it."""
+        handed = {
+            id(slot)
+            for sender in self.sink._senders.values()
+            for slot in list(sender.queue)[: sender.sending]
+        }
+        for lane in self.suspended.values():
+            assert all(id(slot) in handed for slot in lane if slot.state == RELEASED)
 
     @invariant()
     def a_piece_is_in_one_place(self) -> None:
@@ -502,6 +546,8 @@ class Life(RuleBasedStateMachine):
             self.loop.go(asyncio.sleep(30))
             assert self.closing.done()
             self.revoke_ends(0, True)
+        if self.suspended:
+            self.group_goes_on(set(), 0)
         for _ in range(10 * sum(map(len, self.logs)) + 60):
             self.loop.go(self.poll_once)
             while self.workers.waiting or self.workers.ended:
@@ -557,7 +603,7 @@ def origin(record: dict[str, Any]) -> tuple[int, int]:
 def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("inferstream.pipeline.Workers", HandWorkers)
     monkeypatch.setattr("inferstream.pipeline.DeviceStage", HandStage)
-    for module in ("pipeline", "kafka.sink", "device.stage"):
+    for module in ("pipeline", "processing", "kafka.sink", "device.stage"):
         monkeypatch.setattr(f"inferstream.{module}.time", CLOCK)
     logging.disable(logging.CRITICAL)
     yield

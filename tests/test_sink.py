@@ -21,7 +21,7 @@ from inferstream.documents import Kind, Outgoing
 from inferstream.errors import DeadLetterRefused, KafkaRefused
 from inferstream.kafka import sink as module
 from inferstream.kafka.sink import OutputTopic, Sink
-from inferstream.lanes import Lane, Slot
+from inferstream.lanes import COMPLETED, Lane, Slot
 from inferstream.telemetry.timeline import Timeline
 
 DEADLINE_S = 10.0
@@ -253,7 +253,7 @@ async def test_epoch_when_it_ends_then_what_was_not_handed_over_is_not_sent(buil
     await until(lambda: bool(broker.held[0]))
     send(sink, old, 3)
     old.drop(0)
-    sink.forget_dropped()
+    sink.withdraw()
     send(sink, new, 2)
     [(future, batch)] = broker.held.pop(0)
     broker.settle(future, "out", 0, batch)
@@ -271,12 +271,61 @@ async def test_failed_batch_when_its_epoch_has_ended_then_it_is_not_sent_again(b
     send(sink, old, 3)
     await until(lambda: bool(broker.held[0]))
     old.drop(0)
-    sink.forget_dropped()
+    sink.withdraw()
     send(sink, new, 2)
     [(future, batch)] = broker.held.pop(0)
     broker.settle(future, "out", 0, batch)
     await until(lambda: not len(new))
     assert values(broker) == [50, 51]
+
+
+async def test_suspended_lane_when_its_batch_is_on_its_way_then_only_that_is_sent_until_it_resumes(
+    build: Build,
+) -> None:
+    sink, broker = build()
+    broker.held[0] = []
+    await sink.start()
+    lane = Lane("in", 0, 1, 0)
+    send(sink, lane, 3)
+    await until(lambda: bool(broker.held[0]))
+    send(sink, lane, 3)
+    lane.suspend()
+    sink.withdraw()
+    [(future, batch)] = broker.held.pop(0)
+    broker.settle(future, "out", 0, batch)
+    await until(lambda: lane.watermark == 3)
+    assert sink.queued == 0 and values(broker) == [0, 1, 2]
+
+    lane.resume(2)
+    sink.send(lane, lane.release())
+    await until(lambda: not len(lane))
+    assert values(broker) == list(range(6))
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_suspended_lane_when_its_batch_fails_then_it_is_sent_again_after_it_resumes(
+    build: Build, refused: bool
+) -> None:
+    failures = iter([MessageSizeTooLargeError() if refused else OutOfOrderSequenceNumber()])
+    sink, broker = build(lambda topic, partition, batch: next(failures, None))
+    broker.held[0] = []
+    await sink.start()
+    lane, other = Lane("in", 0, 1, 0), Lane("in", 1, 1, 0)
+    [slot] = send(sink, lane, 1)
+    await until(lambda: bool(broker.held[0]))
+    lane.suspend()
+    sink.withdraw()
+    [(future, batch)] = broker.held.pop(0)
+    broker.settle(future, "out", 0, batch)
+    await until(lambda: slot.state == COMPLETED)
+    send(sink, other, 2)
+    await until(lambda: not len(other))
+    assert sink.queued == 0 and [partition for _, partition, _ in broker.log] == [1, 1]
+
+    lane.resume(2)
+    sink.send(lane, lane.release())
+    await until(lambda: not len(lane))
+    assert broker.log[2:] == [("dead" if refused else "out", 0, b"0")] and broker.failures == []
 
 
 async def test_partition_when_it_was_born_after_the_start_then_the_output_partition_exists(

@@ -47,6 +47,8 @@ PUBLISHED = [
     "commits_total{outcome}",
     "last_commit_timestamp_seconds",
     "rebalances_total",
+    "documents_resumed_total",
+    "documents_dropped_total",
     "assigned_partitions",
     "event_loop_lag_seconds",
     "draining",

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from inferstream.documents import Kind, Outgoing
+from inferstream.kafka.sink import take_back
 from inferstream.kafka.ticks import Ticks
 from inferstream.lanes import ADMITTED, DROPPED, Lane, Slot
 
@@ -87,6 +88,7 @@ class Worker(RuleBasedStateMachine):
 
     def open(self) -> None:
         self.senders.clear()
+        take_back(self.ticks.withdraw())
         for slot in self.ticks.open():
             self.enqueue(slot)
 
@@ -200,7 +202,7 @@ class Worker(RuleBasedStateMachine):
         self.ticks.close()
         self.broker.abort()
         sent, self.unknown = self.unknown, None
-        if sent and all(self.broker.offsets[n] >= offset for n, offset in list(sent.items())[:1]):
+        if sent and all(self.broker.offsets[n] >= offset for n, offset in sent.items()):
             self.know_committed()
         else:
             self.ticks.aborted()
@@ -213,9 +215,50 @@ class Worker(RuleBasedStateMachine):
         """All lanes are dropped, the open transaction abandoned, and the next epoch starts at the offsets."""
         for lane in self.lanes.values():
             lane.drop(0)
-        self.ticks.forget_dropped()
+        self.ticks.withdraw()
         self.give_up()
         self.begin_epoch()
+
+    @rule(
+        kept=st.sets(st.integers(0, PARTITIONS - 1)), others=st.sampled_from([0, 1, 50]), late=st.booleans()
+    )
+    def rebalance(self, kept: set[int], others: int, late: bool) -> None:
+        """All lanes are suspended; some come back, the others were another member's before they are ours again.
+
+        If ``late``, the end of the transaction is found out only when that member has moved its offsets on.
+        """
+        for lane in self.lanes.values():
+            lane.suspend()
+        take_back(self.ticks.withdraw())
+        if late:
+            # The offsets of its partitions are stable, or it would not have begun.
+            self.broker.abort()
+        else:
+            self.give_up()
+            assert len(self.ticks) == 0
+        for partition in set(range(PARTITIONS)) - kept:
+            self.another_member(partition, others)
+        if late:
+            self.give_up()
+            assert len(self.ticks) == 0
+        self.epoch += 1
+        for partition, lane in self.lanes.items():
+            if partition in kept:
+                assert lane.watermark >= self.broker.offsets[partition]
+                lane.resume(self.epoch)
+                run = lane.release()
+                if self.ticks.add(run):
+                    for slot in run:
+                        self.enqueue(slot)
+            else:
+                lane.drop(0)
+                self.lanes[partition] = Lane("in", partition, self.epoch, self.broker.offsets[partition])
+
+    def another_member(self, partition: int, count: int) -> None:
+        first = self.broker.offsets[partition]
+        for offset in range(first, min(first + count, self.ends[partition])):
+            self.broker.visible[self.replay[partition, offset]].append((partition, offset))
+            self.broker.offsets[partition] = offset + 1
 
     @rule()
     def crash(self) -> None:

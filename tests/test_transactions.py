@@ -341,7 +341,7 @@ async def test_epoch_when_it_has_ended_then_nothing_of_it_becomes_visible(build:
     with pytest.raises(EpochEnded):
         await stage.settle()
     stage.lanes[0].drop(0)
-    stage.transactions.forget_dropped()
+    stage.transactions.withdraw()
     stage.transactions.abandon()
     await stage.renewed()
     assert stage.broker.open == []
@@ -353,6 +353,78 @@ async def test_epoch_when_it_has_ended_then_nothing_of_it_becomes_visible(build:
     stage.release(0, 6)
     await stage.settle()
     assert stage.broker.of() == list(range(6))
+
+
+@pytest.mark.parametrize("step", ["send", "offsets", "end", "answer"])
+async def test_suspended_lane_when_its_transaction_ends_badly_then_each_result_is_visible_once_after_it_resumes(
+    build: Build, step: str
+) -> None:
+    stage = await build(once(step, KafkaConnectionError()))
+    stage.release(0, 4)
+    stage.release(1, 2)
+    for lane in stage.lanes:
+        lane.suspend()
+    stage.transactions.withdraw()
+    with pytest.raises(CommitFailed):
+        await stage.settle()
+    stage.transactions.abandon()
+    await stage.renewed()
+    committed = step == "answer"
+    assert len(stage.transactions._ticks) == 0 and stage.broker.open == []
+    assert [len(lane) for lane in stage.lanes] == ([0, 0] if committed else [4, 2])
+
+    stage.coordinator.generation = 4
+    stage.epoch = Epoch(2, Identity(4, "me"), stage.epoch.lanes)
+    for lane in stage.lanes:
+        lane.resume(2)
+        stage.transactions.send(lane, lane.release())
+    stage.release(0, 2)
+    await stage.settle()
+    assert sorted(stage.broker.of()) == sorted([*range(6), *range(2)])
+    assert stage.broker.of()[:4] == [0, 1, 2, 3] or not committed
+    assert stage.broker.offsets == {TopicPartition("in", 0): 6, TopicPartition("in", 1): 2}
+
+
+async def test_end_when_unknown_and_a_partition_was_moved_on_by_its_new_owner_then_the_others_tell(
+    build: Build,
+) -> None:
+    stage = await build(once("end", KafkaConnectionError()))
+    stage.release(0, 4)
+    stage.release(1, 4)
+    for lane in stage.lanes:
+        lane.suspend()
+    given_away, kept = stage.lanes
+    stage.broker.offsets = {TopicPartition("in", 0): 9, TopicPartition("in", 1): 0}
+    with pytest.raises(CommitFailed):
+        await stage.settle()
+    await stage.renewed()
+    assert stage.listener.settled == [] and kept.watermark == 0
+
+    given_away.drop(0)
+    kept.resume(2)
+    stage.epoch = Epoch(2, IDENTITY, {TopicPartition("in", 1): kept})
+    stage.transactions.send(kept, kept.release())
+    await stage.settle()
+    assert stage.broker.of() == [0, 1, 2, 3] and kept.watermark == 4
+
+
+async def test_slots_when_they_wait_for_the_next_transaction_then_a_suspended_lane_takes_them_back(
+    build: Build,
+) -> None:
+    stage = await build()
+    stage.release(0, 2)
+    stage.transactions._ticks.close()
+    stage.release(0, 2)
+    [lane, _] = stage.lanes
+    lane.suspend()
+    stage.transactions.withdraw()
+    assert lane.unsettled == 2
+    await stage.settle()
+    assert stage.broker.of() == [0, 1] and lane.watermark == 2 and stage.broker.open == []
+    lane.resume(2)
+    stage.transactions.send(lane, lane.release())
+    await stage.settle()
+    assert stage.broker.of() == [0, 1, 2, 3]
 
 
 async def test_identity_when_it_is_none_then_nothing_is_committed(build: Build) -> None:

@@ -6,6 +6,10 @@ safe (:attr:`Lane.watermark`, the only offset that is ever committed); what is l
 
 A slot goes ADMITTED -> COMPLETED -> RELEASED -> ACKNOWLEDGED, or ends DROPPED from any but the last.
 
+A lane whose partition is revoked goes open -> closing (:meth:`Lane.close`) -> suspended (:meth:`Lane.suspend`) and
+then either on (:meth:`Lane.resume`) or out (:meth:`Lane.drop`).  Its ``fence`` says how far it releases: everything
+while it is open, the prefix that fits the time while it is closing, nothing while it is suspended.
+
 **Why nothing is lost** (promise 1: offset o is committed only when every record fetched before o has been
 acknowledged as a result or a dead letter).  The fields that carry the proof:
 
@@ -23,22 +27,24 @@ acknowledged as a result or a dead letter).  The fields that carry the proof:
 *Claim*: every record fetched below the watermark is acknowledged.  Take an admitted slot s with
 s.offset < watermark.  It is not in ``_held``: the head has the smallest offset there, or nothing is held (A).
 So s was popped or cut.  Only an ACKNOWLEDGED slot is popped.  When ``drop`` cuts the tail, ``position`` is
-set back to the first cut slot that is not acknowledged and the lane is closed, so that neither ``admit`` nor
-``advance`` raises ``position`` again: a cut slot that is not acknowledged lies at or past ``position``.  As
-the watermark never exceeds ``position`` (A), s was not one of those either.
+set back to the first cut slot that is not acknowledged and the lane is closed for good (``resume`` refuses it), so
+that neither ``admit`` nor ``advance`` raises ``position`` again: a cut slot that is not acknowledged lies at or
+past ``position``.  As the watermark never exceeds ``position`` (A), s was not one of those either.  ``close``,
+``suspend``, ``take_back`` and ``resume`` change neither ``_held`` nor ``position``.
 
 *The watermark never falls*: popping the head uncovers a larger offset, or ``position``, which is larger than
 any held offset (A); ``admit`` and ``advance`` only raise ``position``; ``drop`` either leaves the head in
 place, or cuts it, and then the new ``position`` is the head's own offset, as a head is never ACKNOWLEDGED.
 
 *Order* (promise 2): ``_queue`` holds the un-released slots in fetched order, and ``release`` takes from its
-head only, so an ordered lane hands over each slot once and in fetched order.
+head only, so an ordered lane hands over each slot once and in fetched order.  What ``take_back`` returns to
+it was not handed on, and takes its old place.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from inferstream.documents import Outgoing, Prepared, Record
@@ -48,6 +54,9 @@ COMPLETED: Final = 1
 RELEASED: Final = 2
 ACKNOWLEDGED: Final = 3
 DROPPED: Final = 4
+
+_OPEN: Final = 1 << 63  # past every offset
+_SUSPENDED: Final = -1  # before every offset
 
 # What stands in Slot.record once the slot is acknowledged.  Typed Any so that the field itself stays a plain
 # Record: nobody reads the record of an acknowledged slot, and every other reader is spared a None check.
@@ -95,6 +104,7 @@ class Lane:
         "_queue",
         "closed",
         "epoch",
+        "fence",
         "ordered",
         "partition",
         "position",
@@ -111,8 +121,11 @@ class Lane:
         self.position = start
         """The next offset the source will hand over; after :meth:`drop`, the first offset to fetch again."""
         self.closed = False
+        """Whether it was dropped: it never opens again."""
+        self.fence = _OPEN
+        """Slots at or past this offset are not released; unless it is past every offset, nothing is admitted."""
         self.released = 0
-        """How many slots were released, less those dropped after it."""
+        """How many slots were released, less those dropped or taken back after it."""
         self.settled = 0
         """How many slots were settled.  ``released`` minus what ``settled`` was when the last commit was made
         is what a crash would deliver again."""
@@ -126,11 +139,11 @@ class Lane:
     def admit(self, record: Record, weight: int) -> Slot:
         """Append a fetched record that holds ``weight`` bytes of credit.
 
-        ValueError if the lane is closed or the offset lies before ``position``: the source went backwards.
+        ValueError if the lane is not open or the offset lies before ``position``: the source went backwards.
         """
         offset = record.offset
-        if self.closed or offset < self.position:
-            state = "is closed" if self.closed else f"expects offset {self.position} or later"
+        if self.fence != _OPEN or offset < self.position:
+            state = "is closed" if self.fence != _OPEN else f"expects offset {self.position} or later"
             raise ValueError(f"lane {self.topic}:{self.partition} {state}, was given {offset}")
         slot = Slot(self, record, offset, weight)
         self._held.append(slot)
@@ -142,10 +155,9 @@ class Lane:
     def advance(self, position: int) -> None:
         """Note that the source moved to ``position`` without records (control records, compaction gaps).
 
-        ``position`` must not lie before the lane's (ValueError).  A closed lane ignores it: its position is
-        final.
+        ``position`` must not lie before the lane's (ValueError).  A lane that is not open ignores it.
         """
-        if self.closed:
+        if self.fence != _OPEN:
             return
         if position < self.position:
             raise ValueError(
@@ -182,23 +194,29 @@ class Lane:
         limit.  An unordered lane keeps the last place for its head, without which nothing would ever settle;
         so its limit has to be its own, not the rest of one that is shared between lanes.
         """
-        queue = self._queue
+        queue, fence = self._queue, self.fence
         room = len(queue) if limit is None else limit - self.unsettled
         run: list[Slot] = []
         if self.ordered:
-            while room > 0 and queue and queue[0].state == COMPLETED:
+            while room > 0 and queue and queue[0].state == COMPLETED and queue[0].offset < fence:
                 run.append(queue.popleft())
                 room -= 1
-        elif queue:
+        elif queue and self._held[0].offset < fence:
             head = self._held[0]
             if limit is not None and head.state == ADMITTED:
                 room -= 1
             elif head.state == COMPLETED and 0 < room < len(queue):
                 queue.remove(head)
                 queue.appendleft(head)
+            behind: list[Slot] = []
             while room > 0 and queue:
-                run.append(queue.popleft())
-                room -= 1
+                slot = queue.popleft()
+                if slot.offset < fence:
+                    run.append(slot)
+                    room -= 1
+                else:
+                    behind.append(slot)
+            queue.extendleft(reversed(behind))
         for slot in run:
             slot.state = RELEASED
         self._completed -= len(run)
@@ -226,14 +244,59 @@ class Lane:
 
     # -- closing -------------------------------------------------------------------------------------------
 
+    def close(self, keep: int | None = None) -> None:
+        """Admit nothing more, and release no slot after the first ``keep`` held ones (None: all may go).
+
+        The others stay, for :meth:`resume` or :meth:`drop`.
+        """
+        self._require_alive()
+        rest = keep is not None and keep < len(self._held)
+        self.fence = self._held[keep].offset if rest and keep is not None else self.position
+
+    def suspend(self) -> None:
+        """Release nothing more until :meth:`resume`; what is completed meanwhile waits in its slot."""
+        self._require_alive()
+        self.fence = _SUSPENDED
+
+    def take_back(self, slots: Iterable[Slot]) -> None:
+        """Return released slots that were handed to nobody; only while the lane is suspended (ValueError).
+
+        They are released again, in their old places.
+        """
+        for slot in slots:
+            if not self.suspended or slot.lane is not self or slot.state != RELEASED:
+                raise ValueError(f"{slot!r} cannot be taken back by {self!r}")
+            slot.state = COMPLETED
+            self.released -= 1
+            self._completed += 1
+        first = ADMITTED if self.ordered else COMPLETED
+        self._queue = deque(slot for slot in self._held if first <= slot.state <= COMPLETED)
+
+    def resume(self, epoch: int) -> None:
+        """Go on where the lane was suspended, in a later epoch.
+
+        The caller vouches that nobody else had the partition meanwhile, and that the source goes on at
+        ``position``.  ValueError unless the lane is suspended.
+        """
+        self._require_alive()
+        if not self.suspended:
+            raise ValueError(f"{self!r} is not suspended")
+        self.epoch = epoch
+        self.fence = _OPEN
+
+    def _require_alive(self) -> None:
+        if self.closed:
+            raise ValueError(f"{self!r} was dropped")
+
     def drop(self, keep: int | None) -> list[Slot]:
-        """Close the lane and forget every slot after the first ``keep`` held ones (None keeps all).
+        """Close the lane for good and forget every slot after the first ``keep`` held ones (None keeps all).
 
         Returns the forgotten slots that were not acknowledged, so that their credit is given back; the
         watermark never passes the first of them.  A forgotten slot may have been released: what becomes of it
         is no longer this lane's to commit.  May be called again with a smaller ``keep`` as time runs out.
         """
         self.closed = True
+        self.fence = self.position
         held = self._held
         if keep is None or keep >= len(held):
             return []
@@ -250,7 +313,7 @@ class Lane:
             dropped.append(slot)
         if dropped:
             dropped.reverse()
-            self.position = dropped[0].offset
+            self.position = self.fence = dropped[0].offset
             self._queue = deque(slot for slot in self._queue if slot.state != DROPPED)
         return dropped
 
@@ -260,6 +323,26 @@ class Lane:
     def watermark(self) -> int:
         """The next offset that is safe to commit; monotone."""
         return self._held[0].offset if self._held else self.position
+
+    @property
+    def suspended(self) -> bool:
+        """Whether nothing is released until :meth:`resume`."""
+        return self.fence == _SUSPENDED
+
+    @property
+    def finished(self) -> bool:
+        """Whether all that a closing lane releases is settled."""
+        return self.watermark >= self.fence
+
+    @property
+    def handed_on(self) -> bool:
+        """Whether all that a closing lane releases is released."""
+        for slot in self._held:
+            if slot.offset >= self.fence:
+                break
+            if slot.state < RELEASED:
+                return False
+        return True
 
     @property
     def unsettled(self) -> int:
@@ -293,7 +376,8 @@ class Lane:
         return iter(self._held)
 
     def __repr__(self) -> str:
+        state = ", dropped" if self.closed else ", suspended" if self.suspended else ""
         return (
             f"Lane({self.topic}:{self.partition} epoch {self.epoch}, watermark {self.watermark}, "
-            f"position {self.position}, {len(self._held)} held{', closed' if self.closed else ''})"
+            f"position {self.position}, {len(self._held)} held{state})"
         )

@@ -31,11 +31,12 @@ from inferstream.credit import RECORD_OVERHEAD, Credit
 from inferstream.device import Device
 from inferstream.device.memory import Ceilings
 from inferstream.device.stage import DeviceStage
-from inferstream.documents import Document, Kind, Outgoing, Prepared, Reason, Record, Rejected, Stage
+from inferstream.documents import Kind, Outgoing, Reason, Rejected, Stage
 from inferstream.errors import DeadLetterRefused, OutOfMemory
 from inferstream.kafka.polling import weight_of
 from inferstream.kafka.sink import Sink
 from inferstream.lanes import ADMITTED, DROPPED, Lane, Slot
+from inferstream.processing import Processing
 from inferstream.settings import Settings
 from inferstream.tasks import Task
 from inferstream.telemetry.metrics import Metrics
@@ -75,7 +76,7 @@ class Pipeline:
         assert settings.buffer.max_bytes and settings.buffer.max_tokens and settings.prepare.threads
         self._loop = loop
         self._codec = codec
-        self._task = task
+        self.processing = Processing(codec, task)
         self._metrics = metrics
         self._failed = failed
         self._linger_s = settings.batch.linger_ms / 1000
@@ -96,6 +97,7 @@ class Pipeline:
         self._lanes: set[Lane] = set()
         self._closing: set[Lane] = set()
         self._committed: dict[Lane, int] = {}  # how many of a lane's slots are settled and committed
+        self._aside: list[Item] = []  # what no closing lane has the time for
         self._linger: asyncio.TimerHandle | None = None
         self._credit_freed = asyncio.Event()
         self._moved = asyncio.Event()  # a slot was acknowledged
@@ -134,12 +136,12 @@ class Pipeline:
             total += weight
             slot = lane.admit(record, weight)
             if chunk and (len(chunk) == CHUNK_RECORDS or size + weight > CHUNK_BYTES):
-                self.workers.submit(PREPARE, self._prepare, (now, chunk), self._prepared)
+                self.workers.submit(PREPARE, self.processing.prepare, (now, chunk), self._prepared)
                 chunk, size = [], 0
             chunk.append(slot)
             size += weight
         if chunk:
-            self.workers.submit(PREPARE, self._prepare, (now, chunk), self._prepared)
+            self.workers.submit(PREPARE, self.processing.prepare, (now, chunk), self._prepared)
         self.credit.take(lane, total, len(records))
         self.unprepared += len(records)
         self._metrics.records_consumed(lane.topic, len(records))
@@ -164,62 +166,6 @@ class Pipeline:
 
     # ---- prepare
 
-    def _prepare(
-        self, admitted: tuple[float, list[Slot]]
-    ) -> tuple[list[Slot], list[Item], list[tuple[Slot, Outgoing]]]:
-        """In a worker thread: decode and tokenise; what cannot be becomes a dead letter.
-
-        From when a chunk was admitted, and the chunk; gives it back, with what goes to the device and what does not.
-        """
-        admitted_at, chunk = admitted
-        items: list[Item] = []
-        answers: list[tuple[Slot, Outgoing]] = []
-        slots: list[Slot] = []
-        documents: list[Document] = []
-        for slot in chunk:
-            decoded = self._decode(slot.record)
-            if isinstance(decoded, Document):
-                slots.append(slot)
-                documents.append(decoded)
-            elif isinstance(decoded, Rejected):
-                answers.append((slot, self._codec.dead_letter(slot.record, decoded)))
-            else:
-                answers.append((slot, decoded))
-        answered = self._prepare_documents(documents)
-        now = time.monotonic()
-        for slot, prepared in zip(slots, answered, strict=True):
-            if isinstance(prepared, Rejected):
-                answers.append((slot, self._codec.dead_letter(slot.record, prepared)))
-                continue
-            slot.prepared = prepared
-            if len(prepared.chunks) == 1:
-                items.append(Item(slot, 0, prepared.lengths[0], now, prepared.chunks[0], admitted_at))
-                continue
-            slot.rows = [None] * len(prepared.chunks)
-            for index, (piece, length) in enumerate(zip(prepared.chunks, prepared.lengths, strict=True)):
-                items.append(Item(slot, index, length, now, piece, admitted_at))
-        return chunk, items, answers
-
-    def _decode(self, record: Record) -> Document | Rejected | Outgoing:
-        try:
-            return self._codec.decode(record)
-        except Exception as error:  # what nobody foresaw in one record must not stop the others
-            log.error("decoding one record raised", extra={"error": type(error).__name__})
-            return Rejected(Reason.MODEL_ERROR, f"decoding raised {type(error).__name__}", Stage.PREPARE)
-
-    def _prepare_documents(self, documents: list[Document]) -> list[Prepared | Rejected]:
-        if not documents:
-            return []
-        try:
-            return self._task.prepare(documents)
-        except Exception as error:
-            if len(documents) == 1:
-                return [
-                    Rejected(Reason.MODEL_ERROR, f"preparing raised {type(error).__name__}", Stage.PREPARE)
-                ]
-        # one of them is bad: alone, it harms only itself
-        return [answer for document in documents for answer in self._prepare_documents([document])]
-
     def _prepared(self, answer: tuple[list[Slot], list[Item], list[tuple[Slot, Outgoing]]]) -> None:
         chunk, items, rejected = answer
         self.unprepared -= len(chunk)
@@ -239,6 +185,9 @@ class Pipeline:
             self.prepared_tokens += tokens
             if count + len(rejected) < len(chunk):  # some were dropped meanwhile
                 items = [item for item in items if item.owner.state != DROPPED]
+            if self._closing:
+                self._aside += [item for item in items if _past_the_fence(item)]
+                items = [item for item in items if not _past_the_fence(item)]
             self.window.add(*items)
             self.credit.reweigh(chunk[0].lane, 0, gained, tokens, count)
         if rejected:
@@ -284,7 +233,7 @@ class Pipeline:
 
     def batch_done(self, items: Sequence[Item], rows: np.ndarray) -> None:
         self.finishing += len(items)
-        self.workers.submit(FINISH, self._finish, (items, rows), self._batch_finished)
+        self.workers.submit(FINISH, self.processing.finish, (items, rows), self._batch_finished)
         if self.stage.items:
             spent = self.stage.occupied_s / self.stage.lanes / self.stage.items
             self._seconds_per_document = (
@@ -335,27 +284,6 @@ class Pipeline:
 
     # ---- finish
 
-    def _finish(
-        self, batch: tuple[Sequence[Item], np.ndarray]
-    ) -> tuple[int, list[tuple[Slot, Outgoing]], list[tuple[Item, np.ndarray]]]:
-        """In a worker thread: from rows to serialised results; rows of chunked documents come back as they are.
-
-        Gives how many pieces the batch had as well.
-        """
-        items, rows = batch
-        finite = bool(np.isfinite(rows).all())
-        answers: list[tuple[Slot, Outgoing]] = []
-        parts: list[tuple[Item, np.ndarray]] = []
-        for n, item in enumerate(items):
-            slot: Slot = item.owner
-            if slot.state != ADMITTED:
-                continue  # dropped; the event loop looks again
-            if slot.rows is None:
-                answers.append((slot, self._finish_one(slot, rows[n : n + 1], finite)))
-            else:
-                parts.append((item, rows[n].copy()))  # not a view: it must not keep the batch alive
-        return len(items), answers, parts
-
     def _batch_finished(
         self, answer: tuple[int, list[tuple[Slot, Outgoing]], list[tuple[Item, np.ndarray]]]
     ) -> None:
@@ -368,28 +296,8 @@ class Pipeline:
             assert slot.rows is not None
             slot.rows[item.index] = row
             if all(row is not None for row in slot.rows):
-                self.workers.submit(FINISH, self._finish_chunked, slot, self._finished)
+                self.workers.submit(FINISH, self.processing.finish_chunked, slot, self._finished)
         self._finished(answers)
-
-    def _finish_chunked(self, slot: Slot) -> list[tuple[Slot, Outgoing]]:
-        return [(slot, self._finish_one(slot, np.stack(slot.rows or []), finite=False))]
-
-    def _finish_one(self, slot: Slot, rows: np.ndarray, finite: bool) -> Outgoing:
-        """The result of a document from its rows, shape [chunks, width]; a dead letter if there is none.
-
-        ``finite``: the rows are known to hold no NaN and no infinity, which JSON would turn into null in silence.
-        """
-        record, prepared = slot.record, slot.prepared
-        try:
-            assert prepared is not None
-            if not finite and not np.isfinite(rows).all():
-                raise ValueError("the model gave NaN or infinity")
-            output = self._task.output(prepared, rows)
-            result = self._codec.result(record, prepared, self._task.name, self._task.model, output)
-        except Exception as error:
-            log.error("finishing one document raised", extra={"error": repr(error)[:200]})
-            result = Rejected(Reason.MODEL_ERROR, f"finishing raised {type(error).__name__}", Stage.FINISH)
-        return self._codec.dead_letter(record, result) if isinstance(result, Rejected) else result
 
     def _finished(self, answers: list[tuple[Slot, Outgoing]]) -> None:
         changed: dict[Lane, list[int]] = {}
@@ -459,7 +367,7 @@ class Pipeline:
     def handed_over(self, lane: Lane) -> None:
         """Under exactly-once: what the lane has released is in the open transaction, which may have to end soon."""
         assert self.sink is not None
-        finished = lane in self._closing and 0 < len(lane) == lane.unsettled
+        finished = lane in self._closing and lane.unsettled > 0 and lane.handed_on
         if (
             finished
             or 2 * lane.unsettled >= self._uncommitted_share
@@ -495,18 +403,28 @@ class Pipeline:
 
     # ---- closing
 
-    async def close_lanes(self, lanes: Sequence[Lane], timeout_s: float) -> bool:
+    async def close_lanes(self, lanes: Sequence[Lane], timeout_s: float, *, for_good: bool = True) -> bool:
         """Finish, per lane, the longest prefix that fits ``timeout_s``; True when it is all acknowledged.
 
-        The rest is dropped at once: it stays uncommitted and its next owner reads it again.
+        The rest is dropped at once: it stays uncommitted and its next owner reads it again.  Unless
+        ``for_good``, it stays in its lane, for :meth:`suspend_lanes`.
         """
         deadline = self._loop.time() + timeout_s
-        self._keep_what_fits(lanes, timeout_s * CLOSING_SHARE)
+        keep = self._fitting(lanes, timeout_s * CLOSING_SHARE)
+        for lane in lanes:
+            if for_good:
+                self._drop(lane, keep.get(lane))
+            else:
+                lane.close(keep.get(lane))
+        if for_good:
+            self._forget_dropped()
+        else:
+            self._aside += self.window.discard(_past_the_fence)
         closing = set(lanes)
         self._closing |= closing
         try:
             self._dispatch()
-            while any(len(lane) for lane in lanes):
+            while not all(lane.finished for lane in lanes):
                 self._release(closing)
                 self._moved.clear()
                 async with asyncio.timeout_at(deadline):
@@ -516,6 +434,26 @@ class Pipeline:
         finally:
             self._closing -= closing
         return True
+
+    def suspend_lanes(self, lanes: Sequence[Lane]) -> None:
+        """Send nothing more of these lanes until they resume or are dropped.
+
+        What they hold keeps its credit, and what of it is not computed yet is computed meanwhile.
+        """
+        for lane in lanes:
+            lane.suspend()
+        if self.sink is not None:
+            self.sink.withdraw()
+        aside, self._aside = self._aside, []
+        self.window.add(*aside)
+        self._dispatch()
+
+    def resume_lane(self, lane: Lane, epoch: int) -> None:
+        """Let a suspended lane go on, in ``epoch``."""
+        lane.resume(epoch)
+        self._metrics.documents_resumed(len(lane))
+        self._release((lane,))
+        self._credit_freed.set()
 
     def drop_lanes(self, lanes: Sequence[Lane]) -> None:
         for lane in lanes:
@@ -527,29 +465,33 @@ class Pipeline:
             self.credit.close_lane(lane)
         self._forget_dropped()
 
-    def _keep_what_fits(self, lanes: Sequence[Lane], time_s: float) -> None:
-        """Drop the tails of the lanes that the device cannot finish in ``time_s``, evenly."""
+    def _fitting(self, lanes: Sequence[Lane], time_s: float) -> dict[Lane, int]:
+        """How much of each lane the device can finish in ``time_s``, shared evenly; empty if all of it."""
         if not self._seconds_per_document:
-            return
+            return {}
         affordable = max(len(lanes), int(time_s / self._seconds_per_document))
         backlog = sum(len(lane) for lane in lanes)
         if backlog <= affordable:
-            return
+            return {}
         share = affordable // len(lanes)
+        keep: dict[Lane, int] = {}
         for lane in lanes:
             done = next((n for n, slot in enumerate(lane) if slot.state == ADMITTED), len(lane))
-            self._drop(lane, max(done, share))
-        self._forget_dropped()
+            keep[lane] = max(done, share)
+        return keep
 
-    def _drop(self, lane: Lane, keep: int) -> None:
-        for slot in lane.drop(keep):
+    def _drop(self, lane: Lane, keep: int | None) -> None:
+        dropped = lane.drop(keep)
+        for slot in dropped:
             self.credit.give(lane, slot.weight, slot.tokens)
+        self._metrics.documents_dropped(len(dropped))
 
     def _forget_dropped(self) -> None:
         self.window.discard(lambda item: item.owner.state == DROPPED)
         self.stage.discard(lambda item: item.owner.state == DROPPED)
+        self._aside = [item for item in self._aside if item.owner.state != DROPPED]
         if self.sink is not None:
-            self.sink.forget_dropped()
+            self.sink.withdraw()
         self._credit_freed.set()
         self._moved.set()
 
@@ -599,3 +541,8 @@ class Pipeline:
             self._linger.cancel()
         self.workers.close(timeout_s)
         self.stage.close(timeout_s)
+
+
+def _past_the_fence(item: Item) -> bool:
+    slot: Slot = item.owner
+    return slot.offset >= slot.lane.fence

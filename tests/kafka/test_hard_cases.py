@@ -34,6 +34,8 @@ from confluent_kafka.admin import (
 )
 
 from inferstream.errors import KafkaRefused
+from inferstream.kafka.epochs import Epoch
+from inferstream.kafka.notes import Note
 from inferstream.kafka.polling import poll
 from inferstream.kafka.refusals import refusal_of
 from inferstream.kafka.source import Source
@@ -59,6 +61,7 @@ class Devourer:
 
     def __init__(self) -> None:
         self.closing_s = 0.05  # long enough for a fetch to come back meanwhile
+        self.finishes = True  # whether a closing finishes what is in work
         self.admitted: dict[int, set[int]] = defaultdict(set)
         self.polling: asyncio.Task[None] | None = None
 
@@ -75,14 +78,21 @@ class Devourer:
     async def wait_for_credit(self, timeout_s: float) -> None:
         await asyncio.sleep(0.001)
 
-    async def close_lanes(self, lanes: Sequence[Lane], timeout_s: float) -> bool:
+    async def close_lanes(self, lanes: Sequence[Lane], timeout_s: float, *, for_good: bool = True) -> bool:
         await asyncio.sleep(self.closing_s)
-        for lane in lanes:
+        for lane in lanes if self.finishes else ():
             for slot in list(lane):
                 lane.complete(slot, None)  # type: ignore[arg-type]  # nobody looks at it
             for slot in lane.release():
                 lane.acknowledge(slot)
-        return True
+        return self.finishes
+
+    def suspend_lanes(self, lanes: Sequence[Lane]) -> None:
+        for lane in lanes:
+            lane.suspend()
+
+    def resume_lane(self, lane: Lane, epoch: int) -> None:
+        lane.resume(epoch)
 
     def drop_lanes(self, lanes: Sequence[Lane]) -> None: ...
 
@@ -146,6 +156,57 @@ async def test_poll_when_it_waits_over_a_rebalance_then_no_record_is_passed_over
     ends = await read_to_the_end(kafka, source, topic)
     for partition, end in ends.items():
         assert set(range(end)) - intake.admitted[partition] == set()
+
+
+async def test_offset_when_it_is_moved_while_lanes_are_suspended_then_they_begin_there(
+    kafka: Kafka, devouring: Devouring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, intake, topic, _ = devouring
+    await kafka.produce(topic, documents(200))
+    ends = await read_to_the_end(kafka, source, topic)
+    settle = source._settle
+
+    async def settle_and_move(epoch: Epoch, timeout_s: float) -> bool:
+        settled = await settle(epoch, timeout_s)
+        if epoch.closing:
+            await source._committer.commit(epoch, {TopicPartition(topic, 0): (7, "")}, timeout_s)
+        return settled
+
+    monkeypatch.setattr(source, "_settle", settle_and_move)
+    intake.admitted.clear()
+    source.consumer._coordinator.request_rejoin()
+
+    async def read_again() -> bool:
+        return intake.admitted[0] == set(range(7, ends[0]))
+
+    await until(read_again, 30, "the partition to be read from there")
+    assert list(intake.admitted) == [0], "the others were not moved"
+
+
+async def test_documents_when_they_outlast_many_rebalances_then_they_are_kept_and_nobody_suspects_them(
+    kafka: Kafka, devouring: Devouring
+) -> None:
+    source, intake, topic, _ = devouring
+    intake.finishes = False
+    await kafka.produce(topic, documents(200))
+    await read_to_the_end(kafka, source, topic)
+    lanes, generations = source.lanes, set[int]()
+    for _ in range(5):  # more than delivery.max_crash_attempts
+        epoch = source._epoch
+        assert epoch is not None
+        generations.add(epoch.identity.generation)
+        source.consumer._coordinator.request_rejoin()
+
+        async def opened(before: Epoch = epoch) -> bool:
+            return source._epoch not in (None, before) and bool(source.lanes)
+
+        await until(opened, 30, "the next epoch to open")
+    assert len(generations) == 5 and source.lanes == lanes, "the lanes themselves went on"
+    assert sum(map(len, lanes)) == 200
+    assert source._epoch is not None and source._epoch.caution is None
+    partitions = [TopicPartition(topic, lane.partition) for lane in lanes]
+    offsets = await source.settler.offsets(partitions, [])
+    assert {Note.parse(entry.metadata).attempts for entry in offsets.values()} <= {0, 1}
 
 
 @pytest.mark.parametrize("first", ["drain", "rebalance"])
@@ -361,7 +422,7 @@ async def test_refusals_when_they_begin_while_running_then_end_the_worker_after_
 ) -> None:
     source, intake, topic, _ = devouring
     await read_to_the_end(kafka, source, topic)
-    monkeypatch.setattr("inferstream.kafka.source.REFUSED_FOR_S", 2.0)
+    monkeypatch.setattr("inferstream.kafka.refusals.REFUSED_FOR_S", 2.0)
     source.consumer._coordinator._session_timeout_ms = 1  # as if the brokers had come back with other bounds
     source.consumer._coordinator.request_rejoin()
     assert intake.polling is not None

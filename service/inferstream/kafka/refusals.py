@@ -7,17 +7,26 @@ gives to its members it has no class for.
 
 from __future__ import annotations
 
+import logging
+import math
 import re
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from aiokafka import errors as kafka_errors
 from aiokafka.errors import BrokerResponseError, KafkaError
 
+from inferstream.errors import KafkaRefused
 from inferstream.kafka.rights import Right, refused_line
 
 if TYPE_CHECKING:
     from inferstream.settings.tree import Kafka
+
+log = logging.getLogger(__name__)
+
+REFUSED_FOR_S = 60.0  # how long refusals may last before they end the process
+REFUSAL_GAP_S = 15.0  # refusals further apart than this are not of one cause; what works between is no answer
 
 
 class GroupMaxSizeReachedError(BrokerResponseError):  # type: ignore[misc]  # aiokafka ships no types
@@ -88,3 +97,25 @@ def refusal_line(kafka: Kafka, topics: Sequence[str], refusal: str) -> str:
         topic_rights=refused_line(kafka, [Right("READ", "topic", name) for name in topics]),
     )
     return f"{text} ({refusal})"
+
+
+class Refusals:
+    """How long a member has been refused, and when that is enough."""
+
+    def __init__(self, kafka: Kafka, topics: Sequence[str]) -> None:
+        self._kafka = kafka
+        self._topics = topics
+        self._since = self._last = -math.inf
+
+    def note(self, refusal: str, *, joined: bool) -> None:
+        """Raise KafkaRefused: at start at once, once it has ``joined`` when the refusals do not end."""
+        why = refusal_line(self._kafka, self._topics, refusal)
+        if certain(refusal, joined):
+            raise KafkaRefused(why)
+        now = time.monotonic()
+        if now - self._last > REFUSAL_GAP_S:
+            self._since = now
+            log.error("Kafka refuses", extra={"error": why})
+        self._last = now
+        if now - self._since > REFUSED_FOR_S:
+            raise KafkaRefused(f"Kafka has refused for {REFUSED_FOR_S:.0f} s: {why}")

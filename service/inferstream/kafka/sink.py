@@ -13,8 +13,10 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, Protocol
 
 from aiokafka import AIOKafkaProducer
@@ -56,6 +58,12 @@ class OutputTopic:
     max_message_bytes: int
 
 
+def take_back(slots: Iterable[Slot]) -> None:
+    """Return released slots that nobody was handed to their lanes, which are suspended."""
+    for lane, own in groupby(sorted(slots, key=lambda slot: id(slot.lane)), key=attrgetter("lane")):
+        lane.take_back(own)
+
+
 class Acknowledgements(Protocol):
     """Who hears what became of a record, on the event loop."""
 
@@ -66,7 +74,7 @@ class Acknowledgements(Protocol):
         ...
 
 
-class _Sender:
+class Sender:
     """Publishes to one partition, in the order it is given."""
 
     def __init__(self, sink: Sink, topic: OutputTopic, partition: int) -> None:
@@ -101,9 +109,18 @@ class _Sender:
             self._wake.set()
 
     def forget_dropped(self) -> None:
-        """Take out what was not handed to the producer and belongs to an ended epoch."""
+        """Take out what was not handed to the producer and was dropped."""
+        self._keep(lambda slot: slot.state != DROPPED)
+
+    def withdraw(self) -> None:
+        """Take out what was not handed to the producer and was dropped, or goes back to a suspended lane."""
+        back = [slot for n, slot in enumerate(self.queue) if n >= self.sending and slot.lane.suspended]
+        self._keep(lambda slot: slot.state != DROPPED and not slot.lane.suspended)
+        take_back(back)
+
+    def _keep(self, wanted: Callable[[Slot], bool]) -> None:
         handed = self.sending
-        self.queue = deque(slot for n, slot in enumerate(self.queue) if n < handed or slot.state != DROPPED)
+        self.queue = deque(slot for n, slot in enumerate(self.queue) if n < handed or wanted(slot))
 
     async def _run(self) -> None:
         while True:
@@ -159,7 +176,7 @@ class _Sender:
             self.sending = 0
             self._sink.came_back()
         if failed:
-            self.forget_dropped()  # what failed for an ended epoch is not sent again
+            self._sink.withdraw_from(self)  # what failed for an ended epoch is not sent again
         if later:
             await asyncio.sleep(ERROR_BACKOFF_S)
 
@@ -225,7 +242,7 @@ class Sink:
         self._acknowledgements = acknowledgements
         self._failed = failed
         self.timeline = timeline
-        self._senders: dict[tuple[str, int], _Sender] = {}
+        self._senders: dict[tuple[str, int], Sender] = {}
         self._replacing: asyncio.Task[None] | None = None
         self.producer: AIOKafkaProducer = make_producer()
         self.producing = asyncio.Event()
@@ -267,15 +284,20 @@ class Sink:
         topic = self._dead_letters if outgoing.kind is Kind.DEAD_LETTER else self._output
         self._sender(topic, self._partition(slot.lane, outgoing, topic)).put((slot,))
 
-    def _sender(self, topic: OutputTopic, partition: int) -> _Sender:
+    def _sender(self, topic: OutputTopic, partition: int) -> Sender:
         sender = self._senders.get((topic.name, partition))
         if sender is None:
-            sender = self._senders[topic.name, partition] = _Sender(self, topic, partition)
+            sender = self._senders[topic.name, partition] = Sender(self, topic, partition)
         return sender
 
-    def forget_dropped(self) -> None:
+    def withdraw(self) -> None:
+        """Let go of what is not with the producer and was dropped, or goes back to a suspended lane."""
         for sender in self._senders.values():
-            sender.forget_dropped()
+            sender.withdraw()
+
+    def withdraw_from(self, sender: Sender) -> None:
+        """The same after a batch of the sender's has failed."""
+        sender.withdraw()
 
     @property
     def queued(self) -> int:
@@ -302,7 +324,10 @@ class Sink:
         before, slot.outcome = slot.outcome, self._acknowledgements.refused(slot, error)
         if before is not None and before.kind is Kind.DEAD_LETTER:
             return False
-        self._queue(slot, slot.outcome)
+        if slot.lane.suspended:
+            take_back([slot])
+        else:
+            self._queue(slot, slot.outcome)
         return True
 
     def publishing_failed(self, producer: AIOKafkaProducer, error: KafkaError, handed_over: bool) -> None:

@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
@@ -30,11 +30,12 @@ from inferstream.errors import InferstreamError, KafkaRefused
 from inferstream.kafka.caution import Caution, judge
 from inferstream.kafka.commit import CommitFailed, CommitRefused, Committer, EpochEnded, Settler
 from inferstream.kafka.connection import client_options, stop_client
-from inferstream.kafka.epochs import Epoch, current_identity
+from inferstream.kafka.epochs import Epoch, Suspended, current_identity
+from inferstream.kafka.intake import Intake, SourceListener
 from inferstream.kafka.notes import Note
 from inferstream.kafka.offsets import OffsetLost, Opening, open_positions
 from inferstream.kafka.polling import poll
-from inferstream.kafka.refusals import certain, refusal_line, refusal_of
+from inferstream.kafka.refusals import Refusals, refusal_line, refusal_of
 from inferstream.lanes import Lane
 from inferstream.settings import Settings
 from inferstream.telemetry.timeline import Timeline
@@ -47,58 +48,10 @@ POLL_TIMEOUT_MS = 200
 PARTIAL_POLL_TIMEOUT_MS = 20  # while lanes sit out: theirs may be the records, and their credit may come back
 KEEP_ALIVE_S = 1.0
 ERROR_BACKOFF_S = 0.5
-REFUSED_FOR_S = 60.0  # how long refusals may last before they end the process
-REFUSAL_GAP_S = (
-    15.0  # refusals further apart than this are not of one cause; what works meanwhile is no answer
-)
 MAX_EVICTIONS = 3  # one may be an administrator's doing
 COMMIT_RESERVE_S = 0.25  # the share of the revoke's time that is kept for its commit
 NEVER_COMMITTED = -1
 _NEVER_MS = 24 * 3600 * 1000
-
-
-class Intake(Protocol):
-    """What the source needs of the pipeline."""
-
-    def open_lane(self, lane: Lane) -> None: ...
-
-    def poll_limit(self, lanes: Sequence[Lane]) -> tuple[Sequence[Lane], int]:
-        """The lanes that may be polled and how many records there is credit for."""
-        ...
-
-    def admit(self, lane: Lane, records: Sequence[Any]) -> None: ...
-
-    def condemn(self, lane: Lane, record: Any) -> None:
-        """Dead-letter a record unseen: it killed the process."""
-        ...
-
-    def commit_soon(self) -> None:
-        """Do not wait for the next tick."""
-        ...
-
-    async def wait_for_credit(self, timeout_s: float) -> None: ...
-
-    async def close_lanes(self, lanes: Sequence[Lane], timeout_s: float) -> bool:
-        """Finish what fits; True when everything that was kept has been acknowledged."""
-        ...
-
-    def drop_lanes(self, lanes: Sequence[Lane]) -> None:
-        """Forget what is left of the lanes and give its credit back."""
-        ...
-
-    def committed(self, lane: Lane, settled: int) -> None:
-        """The group's offset now covers the first ``settled`` slots of the lane."""
-        ...
-
-
-class SourceListener(Protocol):
-    """Who counts what happens to the group."""
-
-    def assigned(self, lanes: Sequence[Lane]) -> None: ...
-
-    def revoked(self, lanes: Sequence[Lane]) -> None: ...
-
-    def commit_ended(self, outcome: str) -> None: ...
 
 
 class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
@@ -136,6 +89,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         self.settler: Settler = self._committer  # under exactly-once, the transactions
         self._epoch: Epoch | None = None
         self._closing_epoch: Epoch | None = None
+        self._suspended: Suspended | None = None
         self._epochs = 0
         self._metadata: dict[str, str] = {}  # what the commits of a topic note where there is progress
         self._notes: dict[TopicPartition, Note] = {}  # what the commits of an epoch's start noted
@@ -145,7 +99,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         self._closed = asyncio.Event()  # no epoch is being closed
         self._closed.set()
         self._hurried = False  # a rebalance cut a drain short
-        self._refused_since = self._last_refused = -REFUSED_FOR_S
+        self._refusals = Refusals(kafka, entry.topics)
         self._assigned_at = 0.0
         self._evictions = 0  # in a row, each sooner than a session can end
         self.rebalancing = False
@@ -165,7 +119,9 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
 
     @property
     def lanes(self) -> list[Lane]:
-        return list(self._epoch.lanes.values()) if self._epoch is not None else []
+        """The lanes that are polled; none before their epoch's gate is open."""
+        epoch = self._epoch
+        return list(epoch.lanes.values()) if epoch is not None and epoch.gate.is_set() else []
 
     def failures(self) -> asyncio.Future[None]:
         """Ends with the error that ends the process."""
@@ -189,7 +145,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
                 if not error.retriable and "Unexpected error during coordination" in str(error):
                     raise  # aiokafka's coordination task is dead
                 if (refusal := refusal_of(error)) is not None:
-                    self._refused(refusal)
+                    self._refusals.note(refusal, joined=self._epochs > 0)
                 else:
                     log.warning("polling failed; trying again", extra={"error": repr(error)})
                 await asyncio.sleep(ERROR_BACKOFF_S)
@@ -293,19 +249,6 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         if state is not None and state.has_valid_position and state.position > lane.position:
             lane.advance(state.position)
 
-    def _refused(self, refusal: str) -> None:
-        """Raise KafkaRefused: at start at once, while running when the refusals do not end."""
-        why = refusal_line(self._settings.kafka, self._settings.input.topics, refusal)
-        if certain(refusal, joined=self._epochs > 0):
-            raise KafkaRefused(why)
-        now = time.monotonic()
-        if now - self._last_refused > REFUSAL_GAP_S:
-            self._refused_since = now
-            log.error("Kafka refuses", extra={"error": why})
-        self._last_refused = now
-        if now - self._refused_since > REFUSED_FOR_S:
-            raise KafkaRefused(f"Kafka has refused for {REFUSED_FOR_S:.0f} s: {why}")
-
     async def _out_of_range(self, error: OffsetOutOfRangeError) -> None:
         offsets: dict[TopicPartition, int] = dict(error.args[0]) if error.args else {}
         named = ", ".join(f"{tp.topic}:{tp.partition}:{offset}" for tp, offset in offsets.items())
@@ -336,8 +279,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             if beginning < lane.position:  # the topic was made anew, or its log cut: a lane cannot go back
                 self._intake.drop_lanes([lane])
                 del self._committed[lane]
-                lane = Lane(tp.topic, tp.partition, epoch.number, beginning, ordered=lane.ordered)
-                epoch.lanes[tp] = lane
+                lane = epoch.lanes[tp] = self._make_lane(tp, epoch.number, beginning)
                 self._committed[lane] = NEVER_COMMITTED
                 self._intake.open_lane(lane)
             lane.advance(beginning)
@@ -348,23 +290,46 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         """Build lanes only: aiokafka sends no heartbeat while this runs."""
         self.rebalancing = False
         identity = current_identity(self.consumer)
+        resuming: dict[TopicPartition, Lane] = {}
+        if self._suspended is not None:
+            resuming = self._suspended.coming_back(identity, assigned)
+            self._drop_suspended(resuming)
         if not identity.valid:
             log.warning("an assignment without an identity is ignored")
             return
         self._epochs += 1
         self._assigned_at = time.monotonic()
-        ordered = self._settings.delivery.order == "partition"
         lanes = {
-            tp: Lane(tp.topic, tp.partition, self._epochs, 0, ordered=ordered) for tp in sorted(assigned)
+            tp: resuming[tp] if tp in resuming else self._make_lane(tp, self._epochs)
+            for tp in sorted(assigned)
         }
-        epoch = Epoch(self._epochs, identity, lanes)
+        epoch = Epoch(self._epochs, identity, lanes, resuming=set(resuming))
         self._epoch = epoch
         epoch.opener = asyncio.create_task(self._open(epoch), name="open-epoch")
         epoch.opener.add_done_callback(self._opened)
         log.info(
             "assigned",
-            extra={"generation": identity.generation, "partitions": [f"{t}:{p}" for t, p in lanes]},
+            extra={
+                "generation": identity.generation,
+                "partitions": [f"{t}:{p}" for t, p in lanes],
+                "resuming": len(resuming),
+            },
         )
+
+    def _make_lane(self, tp: TopicPartition, epoch: int, start: int = 0) -> Lane:
+        ordered = self._settings.delivery.order == "partition"
+        return Lane(tp.topic, tp.partition, epoch, start, ordered=ordered)
+
+    def _drop_suspended(self, keep: Collection[TopicPartition] = ()) -> None:
+        """Forget the suspended lanes but for those to keep."""
+        suspended, self._suspended = self._suspended, None
+        if suspended is not None:
+            self._forget([lane for tp, lane in suspended.lanes.items() if tp not in keep])
+
+    def _forget(self, lanes: Sequence[Lane]) -> None:
+        self._intake.drop_lanes(lanes)
+        for lane in lanes:
+            self._committed.pop(lane, None)
 
     def _opened(self, opener: asyncio.Task[None]) -> None:
         if not opener.cancelled() and (error := opener.exception()) is not None:
@@ -381,10 +346,15 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             opening = await self._find_positions(epoch, assigned)
             if opening is None:
                 return
+            self._require_untouched(epoch, opening)
             for tp, position in opening.positions.items():
+                lane = epoch.lanes[tp]
+                if tp in epoch.resuming:
+                    self.consumer.seek(tp, lane.position)  # not the offset: what lies between is in the lane
+                    continue
                 self.consumer.seek(tp, position)
-                epoch.lanes[tp].advance(position)
-                self._committed[epoch.lanes[tp]] = position
+                lane.advance(position)
+                self._committed[lane] = position
             starts = self._judge(epoch, opening)
             while starts:
                 try:
@@ -395,18 +365,44 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
                 except CommitFailed as error:
                     log.warning("the start offsets are not committed yet", extra={"error": str(error)})
                     if isinstance(error, CommitRefused):
-                        self._refused(str(error))
+                        self._refusals.note(str(error), joined=self._epochs > 0)
                     await asyncio.sleep(ERROR_BACKOFF_S)
         if epoch is not self._epoch or epoch.closing:
             return
-        for lane in epoch.lanes.values():
-            self._intake.open_lane(lane)
+        if epoch.resuming:
+            documents = sum(len(epoch.lanes[tp]) for tp in epoch.resuming)
+            log.info("resumed", extra={"partitions": len(epoch.resuming), "documents": documents})
+        for tp, lane in epoch.lanes.items():
+            if tp in epoch.resuming:
+                self._intake.resume_lane(lane, epoch.number)
+            else:
+                self._intake.open_lane(lane)
+        epoch.resuming.clear()
         self._listener.assigned(list(epoch.lanes.values()))
         epoch.gate.set()
+
+    def _require_untouched(self, epoch: Epoch, opening: Opening) -> None:
+        """Begin a lane anew where the group's offset is not what the lane has committed.
+
+        It may be past what we know of it, if the answer to the last commit was lost, but not past the watermark.
+        Nobody in the group can have moved it, but an administrator can.
+        """
+        for tp in sorted(epoch.resuming):
+            lane, found = epoch.lanes[tp], opening.positions[tp]
+            if tp in opening.committed and self._committed[lane] <= found <= lane.watermark:
+                continue
+            log.warning(
+                "the offset was moved from outside: what was in work is dropped",
+                extra={"topic": tp.topic, "partition": tp.partition, "offset": found},
+            )
+            self._forget([lane])
+            epoch.lanes[tp] = self._make_lane(tp, epoch.number)
+            epoch.resuming.discard(tp)
 
     def _judge(self, epoch: Epoch, opening: Opening) -> dict[TopicPartition, tuple[int, str]]:
         """What the notes say of documents that kill the process; gives the starts to commit."""
         lagging = {tp for tp, position in opening.positions.items() if position < opening.ends[tp]}
+        lagging -= epoch.resuming  # nothing has died of them
         verdict = judge(opening.notes, lagging, self._settings.delivery.max_crash_attempts)
         self._notes = verdict.notes
         self._metadata |= {tp.topic: str(Note(note.partitions)) for tp, note in verdict.notes.items()}
@@ -443,12 +439,12 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             except KafkaError as error:
                 log.warning("start offsets are not to be had yet", extra={"error": repr(error)})
                 if (refusal := refusal_of(error)) is not None:
-                    self._refused(refusal)
+                    self._refusals.note(refusal, joined=self._epochs > 0)
                 await asyncio.sleep(ERROR_BACKOFF_S)
         return None
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        """Finish what fits, settle it, forget the rest; never raises and ends within the revoke's time."""
+        """Finish what fits, settle it, suspend the rest; never raises and ends within the revoke's time."""
         self.rebalancing = True
         epoch, self._epoch = self._epoch, None
         if epoch is None:
@@ -457,7 +453,10 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         log.info("revoked", extra={"generation": epoch.identity.generation, "partitions": len(revoked)})
         self._count_evictions()
         try:
-            await self._close(epoch, self._settings.delivery.revoke_timeout_s)
+            # Documents that go one at a time are not kept: whom to suspect is judged anew in each epoch.
+            await self._close(
+                epoch, self._settings.delivery.revoke_timeout_s, for_good=epoch.caution is not None
+            )
         except Exception:
             log.exception("closing an epoch failed; what was not committed will be read again")
 
@@ -486,12 +485,17 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         try:
             async with asyncio.timeout(timeout_s):
                 await self._closed.wait()  # a revoke that is under way is our drain
+                if self._epoch is not None and self._epoch.resuming and self._epoch.opener is not None:
+                    await asyncio.wait({self._epoch.opener}, timeout=self._commit_timeout_s)
+                    await self._closed.wait()
         except TimeoutError:
             return False
+        self._drop_suspended()
         epoch, self._epoch = self._epoch, None
         if epoch is None:
             return True
-        return await self._close(epoch, deadline - time.monotonic()) and not self._hurried
+        left_s = deadline - time.monotonic()
+        return await self._close(epoch, left_s, for_good=True) and not self._hurried
 
     async def _hurry_drain(self) -> None:
         """Give a drain that a rebalance meets the time of a revoke.
@@ -514,35 +518,48 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         except TimeoutError:
             log.warning("the group goes on before the drain has ended")
 
-    async def _close(self, epoch: Epoch, timeout_s: float) -> bool:
+    async def _close(self, epoch: Epoch, timeout_s: float, *, for_good: bool) -> bool:
+        """Finish and settle what fits; the rest is dropped, or suspended unless ``for_good``."""
         deadline = time.monotonic() + timeout_s
         epoch.closing = True
         if epoch.opener is not None and not epoch.opener.done():
             epoch.opener.cancel()
         lanes = list(epoch.lanes.values())
+        kept: dict[TopicPartition, Lane] = {}
         self._closed.clear()
         try:
             if not epoch.gate.is_set():
-                await self._clear_notes(epoch, epoch.noted, timeout_s)  # nothing was admitted
+                await self._clear_notes(
+                    epoch, epoch.noted - epoch.resuming, timeout_s
+                )  # nothing was admitted
+                if not for_good:
+                    kept = {tp: epoch.lanes[tp] for tp in epoch.resuming}  # they were ours in this epoch, too
                 return True
             self._listener.revoked(lanes)
             if epoch.identity != current_identity(self.consumer):
                 log.warning("the group went on without this member; its work in flight is dropped")
                 return False
             self._closing_epoch = epoch  # ticks go on: release may be waiting for a commit
-            clean = await self._intake.close_lanes(lanes, timeout_s * (1 - COMMIT_RESERVE_S))
+            clean = await self._intake.close_lanes(
+                lanes, timeout_s * (1 - COMMIT_RESERVE_S), for_good=for_good
+            )
             self._closing_epoch = None
             finished = {tp for tp in epoch.noted if not len(epoch.lanes[tp])}
-            self._intake.drop_lanes(lanes)
+            if for_good:
+                self._intake.drop_lanes(lanes)
+            else:
+                self._intake.suspend_lanes(lanes)
             settled = await self._settle(epoch, max(0.1, deadline - time.monotonic()))
             await self._clear_notes(epoch, finished & epoch.noted, max(0.1, deadline - time.monotonic()))
+            if not for_good:
+                kept = dict(epoch.lanes)
+                log.info("suspended", extra={"documents": sum(map(len, lanes))})
             return settled and clean
         finally:
             self._closing_epoch = None
-            self._intake.drop_lanes(lanes)
+            self._forget([lane for tp, lane in epoch.lanes.items() if tp not in kept])
+            self._suspended = Suspended(epoch.identity, kept) if kept else None
             self.settler.abandon()
-            for lane in lanes:
-                self._committed.pop(lane, None)
             self._closed.set()
 
     # ---- settling
@@ -567,7 +584,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             return False
         except CommitRefused as error:
             self._listener.commit_ended("refused")
-            self._refused(str(error))
+            self._refusals.note(str(error), joined=self._epochs > 0)
             return False
         except CommitFailed as error:
             self._listener.commit_ended("failed")

@@ -95,10 +95,16 @@ class Ticks:
         self.closed = False
         return list(self._inside)
 
-    def forget_dropped(self) -> None:
-        """Let go of what waits and was dropped; what is inside ends with the transaction."""
-        if any(slot.state == DROPPED for slot in self._waiting):
-            self._waiting = deque(slot for slot in self._waiting if slot.state != DROPPED)
+    def withdraw(self) -> list[Slot]:
+        """Let go of what waits and was dropped, or is of a suspended lane; gives the latter, to be taken back.
+
+        What is inside ends with the transaction.
+        """
+        back = [slot for slot in self._waiting if slot.lane.suspended]
+        self._waiting = deque(
+            slot for slot in self._waiting if slot.state != DROPPED and not slot.lane.suspended
+        )
+        return back
 
     def __len__(self) -> int:
         return len(self._inside) + len(self._waiting)

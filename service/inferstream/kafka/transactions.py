@@ -43,7 +43,14 @@ from inferstream.kafka.commit import CommitFailed, CommitRefused, EpochEnded
 from inferstream.kafka.connection import stop_client
 from inferstream.kafka.epochs import Epoch, current_identity
 from inferstream.kafka.offsets import committed_offsets
-from inferstream.kafka.sink import ERROR_BACKOFF_S, STOP_TIMEOUT_S, OutputTopic, Sink
+from inferstream.kafka.sink import (
+    ERROR_BACKOFF_S,
+    STOP_TIMEOUT_S,
+    OutputTopic,
+    Sender,
+    Sink,
+    take_back,
+)
 from inferstream.kafka.ticks import Ticks
 from inferstream.kafka.txn_protocol import Fenced, MemberGone, TransactionalProducer
 from inferstream.lanes import DROPPED, Lane, Slot
@@ -139,9 +146,12 @@ class Transactions(Sink):
             super().send(lane, run)
             self._listener.handed_over(lane)
 
-    def forget_dropped(self) -> None:
+    def withdraw(self) -> None:
         # What is in the transaction stays: it is committed as a whole, or not at all.
-        self._ticks.forget_dropped()
+        take_back(self._ticks.withdraw())
+
+    def withdraw_from(self, sender: Sender) -> None:
+        sender.forget_dropped()  # the failed transaction is given up: what is in it comes back with its end
 
     @property
     def queued(self) -> int:
@@ -272,7 +282,8 @@ class Transactions(Sink):
         self._listener.acknowledged(self._ticks.committed(), committed=True)
 
     def _open(self) -> None:
-        """Begin the next transaction with what waits."""
+        """Begin the next transaction with what waits, but for what goes back to suspended lanes."""
+        self.withdraw()
         for lane, run in groupby(self._ticks.open(), key=attrgetter("lane")):
             super().send(lane, list(run))
             self._listener.handed_over(lane)
@@ -326,11 +337,20 @@ class Transactions(Sink):
             self.producing.set()
 
     async def _was_committed(self, offsets: Mapping[Lane, int]) -> bool:
-        """Whether the group's offsets are those of the transaction, or past them."""
-        lane, sent = next(iter(offsets.items()))
-        tp = TopicPartition(lane.topic, lane.partition)
-        found = await self.producer.stable_offsets(self._group_id, [tp])
-        committed = tp in found and found[tp].offset >= sent
+        """Whether the group's offsets are those of the transaction, or past them.
+
+        All of them: a partition that was given away since may have been moved on by its new owner, one that comes
+        back to us can only have been moved by the transaction.  Those that did not come back do not matter.
+        """
+        sent = {
+            TopicPartition(lane.topic, lane.partition): offset
+            for lane, offset in offsets.items()
+            if not lane.closed
+        }
+        found = await self.producer.stable_offsets(self._group_id, sent) if sent else {}
+        committed = bool(sent) and all(
+            tp in found and found[tp].offset >= offset for tp, offset in sent.items()
+        )
         log.info(f"the unknown transaction was {'committed' if committed else 'aborted'}")
         return committed
 

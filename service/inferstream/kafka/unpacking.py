@@ -46,6 +46,8 @@ class Fetched(MemoryRecords):  # type: ignore[misc]  # aiokafka ships no types
 class Unpacked(PartitionRecords):  # type: ignore[misc]
     """The records of one partition in a fetch response, whatever their headers are called."""
 
+    _records: Any
+
     def _unpack_records(self) -> Iterator[Any]:
         try:
             yield from super()._unpack_records()
@@ -91,6 +93,8 @@ class _Lenient(_MemoryRecordsPy):  # type: ignore[misc]
 
 
 class _LenientBatch(_DefaultRecordBatchPy):  # type: ignore[misc]
+    _buffer: bytearray
+
     def _maybe_uncompress(self) -> None:
         super()._maybe_uncompress()
         self._buffer = _LenientBytes(self._buffer)

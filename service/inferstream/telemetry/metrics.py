@@ -243,6 +243,14 @@ class Metrics:
         self._rebalances = self._counter(
             "rebalances_total", "Rebalances of the group this worker took part in."
         )
+        self._resumed = self._counter(
+            "documents_resumed_total",
+            "Documents in work whose partition came back after a rebalance: they went on where they were.",
+        )
+        self._dropped = self._counter(
+            "documents_dropped_total",
+            "Documents in work that were let go with their partition, or at the end of a drain: they are read again.",
+        )
         self.assigned_partitions = self._gauge("assigned_partitions", "Input partitions this worker owns.")
         self._event_loop_lag = self._distribution(
             "event_loop_lag_seconds", "How late the event loop ran a timer.", WORK_S
@@ -325,6 +333,14 @@ class Metrics:
     def rebalanced(self) -> None:
         """The group has given us another assignment."""
         self._rebalances.inc()
+
+    def documents_resumed(self, count: int) -> None:
+        """So many documents in work went on after a rebalance."""
+        self._resumed.inc(count)
+
+    def documents_dropped(self, count: int) -> None:
+        """So many documents in work were let go, uncommitted."""
+        self._dropped.inc(count)
 
     def event_loop_lag(self, seconds: float) -> None:
         """The event loop ran a timer that late."""
