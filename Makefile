@@ -6,11 +6,14 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-chart test-cluster fuzz faults check format chart bench lock clean
+.PHONY: help setup demo test test-chart test-cluster fuzz faults check format chart docs bench lock clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
+# Of its own: what makes the site is no part of what is tested.
+DOCS_VENV := build/docs-venv
+DOCS_STAMP := $(DOCS_VENV)/.installed
 # The interpreter .venv is made with; found by itself unless given: make setup PYTHON=/usr/bin/python3.12
 PYTHON ?=
 # More arguments for the demo, pytest, the fuzzer, the faults and the benchmarks: make test PYTEST_ARGS='-k drain -x'
@@ -102,11 +105,23 @@ format: setup ## put the code into the format that `make check` asks for
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-chart: setup ## write what is generated of the Helm chart: values.schema.json, README.md, tests/helm/golden
-	@$(BIN)/python helm/schema.py
+chart: setup ## write what is generated: dashboards, the table of metrics, the chart's schema, README.md and golden files
+	@$(BIN)/python -m ops
+	$(BIN)/python helm/schema.py
 	"$$($(BIN)/python -m tests.helm.tools helm-docs)" --chart-search-root=helm/inferstream --log-level=warning
 	INFERSTREAM_UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/helm/test_chart_renders.py -k golden
-	git --no-pager diff --stat -- helm tests/helm/golden
+	git --no-pager diff --stat -- docs/operations.md ops/grafana helm tests/helm/golden
+
+docs: $(DOCS_STAMP) ## the documentation as a site, in build/site; a link that leads nowhere fails
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --quiet --strict
+	echo "docs: build/site/index.html"
+
+$(DOCS_STAMP): requirements/docs.txt | setup
+	@uv=$$(command -v uv || echo $(BIN)/uv)
+	rm -rf $(DOCS_VENV)
+	"$$uv" venv --quiet --python $(BIN)/python $(DOCS_VENV)
+	"$$uv" pip install --quiet --python $(DOCS_VENV)/bin/python --require-hashes -r requirements/docs.txt
+	touch $@
 
 bench: setup ## the measured table (20 minutes at most on two cores; BENCH_ARGS=--short: a few)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

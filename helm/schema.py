@@ -19,6 +19,7 @@ from inferstream.settings import SETTINGS, json_schema
 
 CHART = Path(__file__).resolve().parent / "inferstream"
 SCHEMA = CHART / "values.schema.json"
+RULES_FILE = CHART.parent.parent / "ops" / "prometheus" / "rules.yml"
 
 QUANTITY = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?([KMGTPE]i|[kMGTPE])?$"}
 DURATION = {"type": "string", "pattern": r"^([0-9]+(ms|s|m|h))*$"}
@@ -33,6 +34,12 @@ OBJECTS = {"type": "array", "items": {"type": "object"}}
 COUNT = {"type": "integer", "minimum": 0}
 POSITIVE = {"type": "integer", "minimum": 1}
 POSITIVE_OR_NONE = {"type": ["integer", "null"], "minimum": 1}
+ALERTS = [
+    rule["alert"]
+    for group in yaml.safe_load(RULES_FILE.read_text(encoding="utf-8"))["groups"]
+    for rule in group["rules"]
+    if "alert" in rule
+]
 PODS_OR_PERCENT = {
     "anyOf": [
         {"type": "integer", "minimum": 1},
@@ -138,6 +145,7 @@ RULES: dict[str, dict[str, Any]] = (
         "service.annotations": TEXTS,
         "service.labels": TEXTS,
         "metrics.prometheusRule.labels": TEXTS,
+        "metrics.prometheusRule.disabled": {"type": "array", "items": {"enum": ALERTS}},
         "metrics.dashboards.labels": TEXTS,
         "metrics.dashboards.annotations": TEXTS,
         "metrics.dashboards.namespace": LABEL_NAME,

@@ -1,12 +1,13 @@
 """Regenerate the pinned requirement files from pyproject.toml: ``make lock``.
 
 One resolution over everything (Python 3.11 and later, every platform), so that the files agree with each
-other, then split in three by who needs a package:
+other, then split in three by who needs a package; the last two stand alone:
 
     base.txt    what the service needs, without torch and what torch alone brings
     torch.txt   torch and what it alone brings: gigabytes, so an image keeps it in a layer of its own
     dev.txt     the extras demo, test and dev; includes the two above
     uv.txt      the installer itself, for machines that have none
+    docs.txt    what makes the site of the documentation, in an environment of its own
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ def main() -> None:
         base = set(blocks(compile_pins(folder, without_torch, pinned)))
         service = set(blocks(compile_pins(folder, runtime, pinned)))
         uv = blocks(compile_pins(folder, ["uv"]))
+        docs = blocks(compile_pins(folder, ["mkdocs-material"]))
 
     packages = blocks(everything)
     write("base.txt", "# The service, without torch.", {n: packages[n] for n in packages if n in base})
@@ -92,6 +94,7 @@ def main() -> None:
         {n: packages[n] for n in packages if n not in service},
     )
     write("uv.txt", "# The installer that `make setup` uses where there is none.", uv)
+    write("docs.txt", "# What `make docs` builds the site with.", docs)
 
 
 if __name__ == "__main__":

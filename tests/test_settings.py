@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from inferstream.errors import SettingsError
 from inferstream.settings import SETTINGS, Settings, cores, device_kind, load_settings, origins_of, resolve
 from inferstream.settings import machine as machine_module
-from inferstream.settings.machine import cpu_quota
+from inferstream.settings.machine import cpu_quota, memory_limit
 
 MIB = 1 << 20
 NO_IMAGE_FILE = Path("/nowhere/defaults.yaml")
@@ -462,6 +462,50 @@ def test_quota_when_the_control_group_has_one_then_it_is_read(
     tmp_path: Path, files: dict[str, str], quota: float | None
 ) -> None:
     assert cpu_quota(_tree(tmp_path, files)) == quota
+
+
+MEMORY = {"proc/self/cgroup": "0::/\n", "proc/meminfo": "MemTotal:        8000 kB\nMemFree: 1 kB\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({}, None),
+        ({"proc/meminfo": "nonsense\n"}, None),
+        (MEMORY, 8000 * 1024),
+        (MEMORY | {"sys/fs/cgroup/memory.max": "max\n"}, 8000 * 1024),
+        (MEMORY | {"sys/fs/cgroup/memory.max": "4096000\n"}, 4096000),
+        (  # the tightest group above counts
+            MEMORY
+            | {
+                "proc/self/cgroup": "0::/pod/box\n",
+                "sys/fs/cgroup/pod/memory.max": "1000\n",
+                "sys/fs/cgroup/pod/box/memory.max": "3000\n",
+            },
+            1000,
+        ),
+        (
+            MEMORY
+            | {
+                "proc/self/cgroup": "4:memory:/docker/1\n3:cpu,cpuacct:/x\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "5000\n",
+            },
+            5000,
+        ),
+        (  # version 1 has a number for no limit
+            MEMORY
+            | {
+                "proc/self/cgroup": "4:memory:/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            },
+            8000 * 1024,
+        ),
+    ],
+)
+def test_memory_when_it_is_limited_then_the_smallest_limit_counts(
+    tmp_path: Path, files: dict[str, str], limit: int | None
+) -> None:
+    assert memory_limit(_tree(tmp_path, files)) == limit
 
 
 @pytest.mark.parametrize(("limit", "expected"), [("50000", 1), ("250000", 2), ("99900000", 4), ("max", 4)])

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from inferstream.documents import Kind, Outgoing, Reason, Rejected, Stage
 from inferstream.tasks import ModelInfo
-from inferstream.telemetry.metrics import Cells, Distribution, Metrics, catalogue
+from inferstream.telemetry.metrics import DEAD_LETTERS, Cells, Distribution, Metrics, catalogue
 
 PUBLISHED = [
     "records_consumed_total{topic}",
+    "records_lost_total{topic}",
     "results_produced_total",
     "dead_letters_total{reason,stage}",
     "tombstones_total",
@@ -52,6 +53,7 @@ PUBLISHED = [
     "assigned_partitions",
     "event_loop_lag_seconds",
     "draining",
+    "memory_limit_bytes",
     "build_info",
     "model_info",
 ]
@@ -95,6 +97,15 @@ def test_render_then_every_series_is_in_the_catalogue_or_the_processes_own(accep
     assert {entry.name for entry in catalogue() if not entry.labels} <= {
         re.sub(r"_(bucket|sum|count)$", "", name) for name in names
     }
+
+
+def test_render_when_nothing_has_happened_then_what_alerts_count_is_0_and_not_missing() -> None:
+    metrics = Metrics()
+
+    assert {reason for reasons in DEAD_LETTERS.values() for reason in reasons} == set(Reason)
+    assert sample(metrics, "dead_letters_total", reason="process_killed", stage="device") == 0
+    assert sample(metrics, "commits_total", outcome="failed") == 0
+    assert sample(metrics, "batches_total", closed_by="tokens") == 0
 
 
 def test_published_when_records_are_acknowledged_then_each_kind_has_its_counter() -> None:

@@ -459,7 +459,31 @@ def test_files_when_the_chart_has_them_then_each_becomes_a_rule_or_a_dashboard()
     assert len(dashboards) == len(list((CHART / "files/dashboards").glob("*.json")))
     for dashboard in dashboards:
         assert len(yaml.safe_dump(dashboard)) < 1_000_000  # what etcd takes
+        [(name, text)] = dashboard["data"].items()
+        assert json.loads(text) == json.loads((CHART.parents[1] / "ops/grafana" / name).read_text())
     assert bool(objects.of("PrometheusRule")) == bool(list((CHART / "files/rules").glob("*.y*ml")))
+
+
+def alerts_of(*changes: str) -> set[str]:
+    groups = render(MONITORED, *changes).one("PrometheusRule")["spec"]["groups"]
+    return {rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule}
+
+
+def test_rules_when_rendered_then_they_are_those_that_promtool_tests() -> None:
+    groups = yaml.safe_load((CHART.parents[1] / "ops/prometheus/rules.yml").read_text())["groups"]
+
+    assert render(MONITORED).one("PrometheusRule")["spec"]["groups"] == groups
+
+
+def test_alerts_when_disabled_or_meant_then_they_alone_are_left_out() -> None:
+    everything = alerts_of()
+    spare = "InferstreamWorkerWithoutPartitions"
+
+    assert everything - alerts_of(f"metrics: {{prometheusRule: {{disabled: [{spare}]}}}}") == {spare}
+    assert alerts_of(KEDA) == everything
+    assert everything - alerts_of(KEDA, "keda: {minReplicaCount: 0}") == {"InferstreamAbsent"}
+    assert everything - alerts_of(KEDA, "keda: {idleReplicaCount: 0}") == {"InferstreamAbsent"}
+    assert alerts_of("keda: {minReplicaCount: 0}") == everything  # nothing scales here
 
 
 def test_monitor_when_enabled_then_its_selector_and_port_find_the_pods() -> None:

@@ -232,6 +232,10 @@ WRONG_VALUES: dict[str, tuple[str, str]] = {
     "resources: {limit: {cpu: 1}}": ("resources", "limit"),
     "probes: {startup: {failureThreshold: 0}}": ("probes.startup.failureThreshold", "1"),
     "metrics: {serviceMonitor: {interval: soon}}": ("metrics.serviceMonitor.interval", "pattern"),
+    "metrics: {prometheusRule: {disabled: [InferstreamAbsence]}}": (
+        "metrics.prometheusRule.disabled.0",
+        "InferstreamAbsent",
+    ),
     "keda: {kafka: {lagThreshold: 0}}": ("keda.kafka.lagThreshold", "1"),
     "keda: {kafka: {lagThreshold: '10'}}": ("keda.kafka.lagThreshold", "integer"),
     "keda: {kafka: {activationLagThreshold: -1}}": ("keda.kafka.activationLagThreshold", "0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -96,7 +97,8 @@ def test_helm_when_it_is_3_or_4_then_the_objects_are_the_same(name: str) -> None
 @pytest.mark.parametrize("name", MATRIX)
 def test_objects_when_compared_with_the_golden_ones_then_nothing_has_changed(name: str) -> None:
     golden = GOLDEN / f"{name}.yaml"
-    text = rendered(name).text
+    # A dashboard is thousands of lines of its own, which are compared with the chart's file elsewhere.
+    text = re.sub(r"(\n  [\w-]+\.json: \|\n)(?:    .*\n)+", r"\1    {}\n", rendered(name).text)
     if os.environ.get(UPDATE):
         golden.write_text(text)
 

@@ -39,17 +39,18 @@ class Tool:
     package: str
     modules: Mapping[str, str]
     ldflags: str = "-s -w"
+    tags: str = ""
 
     @property
     def key(self) -> str:
         """What a build is known by in the cache."""
-        return hashlib.sha256(
-            repr((self.package, sorted(self.modules.items()), self.ldflags)).encode()
-        ).hexdigest()[:16]
+        parts = (self.package, sorted(self.modules.items()), self.ldflags, *filter(None, [self.tags]))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 # Both from one set of dependencies, so that what is common to them is compiled once.
 HELM = {"helm.sh/helm/v3": "v3.22.0", "helm.sh/helm/v4": "v4.3.1"}
+PROMETHEUS = {"github.com/prometheus/prometheus": "v0.313.5"}
 CLUSTER = {"k8s.io/kubernetes": f"v{KUBERNETES}", "go.etcd.io/etcd/server/v3": f"v{ETCD}"}
 _MAJOR, _MINOR, _ = KUBERNETES.split(".")
 _VERSION = "k8s.io/component-base/version"
@@ -63,6 +64,9 @@ TOOLS = {
     "helm-docs": Tool(
         "github.com/norwoodj/helm-docs/cmd/helm-docs", {"github.com/norwoodj/helm-docs": "v1.14.2"}
     ),
+    # Without the discovery of every cloud, which is most of it, and without the pages for a browser, which npm builds.
+    "prometheus": Tool("github.com/prometheus/prometheus/cmd/prometheus", PROMETHEUS, tags="remove_all_sd"),
+    "promtool": Tool("github.com/prometheus/prometheus/cmd/promtool", PROMETHEUS, tags="remove_all_sd"),
     "etcd": Tool("go.etcd.io/etcd/server/v3", CLUSTER),
     # Without a version of its own, Helm would hold the chart's kubeVersion against 0.0.0.
     "kube-apiserver": Tool(
@@ -106,6 +110,15 @@ def tool(name: str) -> Path:
     return path
 
 
+def present(name: str) -> Path | None:
+    """The command of that name if it is here: on the PATH, or built before."""
+    path = cache() / f"{name}-{TOOLS[name].key}"
+    if path.exists():
+        return path
+    found = shutil.which(name)
+    return Path(found) if found else None
+
+
 @functools.cache
 def crd_files() -> tuple[Path, ...]:
     """The custom resource definitions of KEDA and the Prometheus operator.  Raises ToolUnavailable."""
@@ -126,6 +139,7 @@ def _build(name: str, wanted: Tool, path: Path) -> None:
             "-mod=mod",
             "-trimpath",
             f"-ldflags={wanted.ldflags}",
+            f"-tags={wanted.tags}",
             "-o",
             "built",
             wanted.package,

@@ -106,6 +106,8 @@ class Devourer:
 
     def commit_ended(self, outcome: str) -> None: ...
 
+    def lost(self, topic: str, count: int) -> None: ...
+
 
 @pytest.fixture
 async def devouring(kafka: Kafka) -> AsyncIterator[tuple[Source, Devourer, str, str]]:

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,10 +23,10 @@ from tests.kafka.test_killed_in_the_middle import (
     make_topics,
     until,
 )
-from tests.support.broker import Broker
+from tests.support.broker import Broker, free_ports
 from tests.support.client import Kafka
 from tests.support.judge import judge
-from tests.support.worker import ROOT, Worker, settings
+from tests.support.worker import ROOT, Worker, merged, settings
 
 
 def assert_one_line(worker: Worker, *words: str) -> None:
@@ -177,9 +178,20 @@ async def test_offsets_when_lost_then_stops_or_skips(
         assert await worker.ended(60) == 1, worker.stderr_text()
         assert_one_line(worker, f"{source}:0:10", "input.on_lost_range")
     else:
-        await process_all(kafka, launch, tree, source, group)
+        [port] = free_ports(1)
+        worker = launch(merged(tree, {"telemetry": {"port": port}}))
+        await until(lambda: caught_up(kafka, group, source), 60, "the worker to catch up")
+        metrics = await asyncio.to_thread(_scraped, port)
+        worker.terminate()
+        assert await worker.ended(40) == 0, worker.stderr_text()[-2000:]
         answered = [orjson.loads(record.value)["source"]["offset"] for record in await kafka.read_all(target)]
         assert answered == [*range(10), *range(15, 20)]
+        assert f'inferstream_records_lost_total{{topic="{source}"}} 5.0\n' in metrics
+
+
+def _scraped(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        return str(answer.read().decode())
 
 
 # ---- the group

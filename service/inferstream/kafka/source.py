@@ -275,6 +275,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
                 "records were lost before they were processed",
                 extra={"topic": tp.topic, "partition": tp.partition, "from": offsets[tp], "to": beginning},
             )
+            self._listener.lost(tp.topic, max(0, beginning - offsets[tp]))
             self.consumer.seek(tp, beginning)
             if beginning < lane.position:  # the topic was made anew, or its log cut: a lane cannot go back
                 self._intake.drop_lanes([lane])

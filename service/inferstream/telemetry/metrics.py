@@ -27,7 +27,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from inferstream.documents import Kind, Outgoing
+from inferstream.documents import Kind, Outgoing, Reason, Stage
 from inferstream.tasks import ModelInfo
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,27 @@ LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 30
 WORK_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 TOKENS = tuple(float(2**n) for n in range(6, 20))
 RATIOS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75)
+
+CLOSED_BY = ("tokens", "linger", "closing")
+OUTCOMES = ("ok", "failed", "refused", "epoch_ended")
+DEAD_LETTERS: Mapping[Stage, Sequence[Reason]] = {
+    Stage.PREPARE: (
+        Reason.INVALID_UTF8,
+        Reason.INVALID_JSON,
+        Reason.NOT_AN_OBJECT,
+        Reason.MISSING_TEXT,
+        Reason.INVALID_TEXT,
+        Reason.INVALID_FIELD,
+        Reason.INVALID_ID,
+        Reason.TOMBSTONE_WITHOUT_KEY,
+        Reason.TOO_LONG,
+        Reason.MODEL_ERROR,
+    ),
+    Stage.DEVICE: (Reason.OUT_OF_MEMORY, Reason.MODEL_ERROR, Reason.PROCESS_KILLED),
+    Stage.FINISH: (Reason.RESULT_TOO_LARGE, Reason.MODEL_ERROR),
+    Stage.SINK: (Reason.RECORD_REFUSED,),
+}
+"""Which documents are refused where."""
 
 
 class Sized(Protocol):
@@ -139,6 +160,12 @@ class Metrics:
         self._totals: dict[Counter, float] = {}  # as last read
 
         self._consumed = self._counter("records_consumed_total", "Records read from the input.", "topic")
+        self._lost = self._counter(
+            "records_lost_total",
+            "Offsets of the input whose records were deleted before they were read, passed over as input.on_lost_range "
+            "is skip.",
+            "topic",
+        )
         self._produced = self._counter("results_produced_total", "Results acknowledged by the output topic.")
         self._dead_letters = self._counter(
             "dead_letters_total", "Dead letters acknowledged by their topic.", "reason", "stage"
@@ -155,8 +182,8 @@ class Metrics:
         )
         self._end_to_end = self._distribution(
             "end_to_end_seconds",
-            "From a record's timestamp to the acknowledgement of its result; of each batch of results, the "
-            "last.",
+            "From a record's timestamp to the acknowledgement of its result, tombstone or dead letter; under "
+            "exactly-once, to the transaction's end.",
             LATENCY_S,
         )
         self.stage_fill_ratio = self._gauge(
@@ -256,8 +283,28 @@ class Metrics:
             "event_loop_lag_seconds", "How late the event loop ran a timer.", WORK_S
         )
         self.draining = self._gauge("draining", "1 while the worker finishes and leaves.")
-        self._build = self._info("build_info", "Versions of inferstream and of what it runs on.")
-        self._model = self._info("model_info", "The model, as it stands in every result.")
+        self.memory_limit_bytes = self._gauge(
+            "memory_limit_bytes",
+            "What process_resident_memory_bytes may not pass: the limit of the control group, or the machine's memory; "
+            "NaN where neither can be told.",
+        )
+        self.memory_limit_bytes.set(math.nan)
+        self._build = self._info(
+            "build_info", "Versions, as labels: inferstream, aiokafka, torch, transformers."
+        )
+        self._model = self._info(
+            "model_info",
+            "The model, as labels: id, revision and dtype as in every result, and its execution.",
+        )
+
+        # A series that begins at its first event has no rate and no increase until the second.
+        for stage, reasons in DEAD_LETTERS.items():
+            for reason in reasons:
+                self._dead_letters.labels(reason.value, stage.value)
+        for outcome in OUTCOMES:
+            self._commits.labels(outcome)
+        for closed_by in CLOSED_BY:
+            self._batches.labels(closed_by)
 
         self._produced_inc = self._produced.inc
         self._tombstones_inc = self._tombstones.inc
@@ -269,6 +316,10 @@ class Metrics:
     def records_consumed(self, topic: str, count: int) -> None:
         """``count`` records of ``topic`` were admitted."""
         self._consumed.labels(topic).inc(count)
+
+    def records_lost(self, topic: str, count: int) -> None:
+        """``count`` offsets of ``topic`` had been deleted before they were read."""
+        self._lost.labels(topic).inc(count)
 
     def record_ages(self, ages_s: Iterable[float]) -> None:
         """The ages of records that were just read, in seconds."""

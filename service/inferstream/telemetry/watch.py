@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from inferstream.device.peaks import Peak
+from inferstream.settings.machine import memory_limit
 from inferstream.telemetry.health import Health
 from inferstream.telemetry.metrics import Metrics
 from inferstream.telemetry.recent import Growth, Limits
@@ -37,6 +38,8 @@ class Watch:
         self._limits = Limits()
         others = {name: _version(name) for name in ("aiokafka", "torch", "transformers")}
         metrics.build(inferstream=version(), **others)
+        if (limit := memory_limit()) is not None:
+            metrics.memory_limit_bytes.set(limit)
 
     def follow(self, pipeline: Any, source: Any, sink: Any, peak: Peak | None = None) -> None:
         """From now on report on these: a Pipeline, a Source and a Sink; ``peak`` is the device's, if it is known."""
@@ -122,6 +125,9 @@ class Watch:
 
     def commit_ended(self, outcome: str) -> None:
         self._metrics.committed(outcome)
+
+    def lost(self, topic: str, count: int) -> None:
+        self._metrics.records_lost(topic, count)
 
 
 def _version(package: str) -> str:

@@ -1,0 +1,74 @@
+"""docs/operations.md and docs/tuning.md: what they speak of is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from inferstream import errors
+from inferstream.settings import SETTINGS
+from inferstream.telemetry.recent import LIMITS
+from tests.ops.test_dashboards import DASHBOARDS
+from tests.ops.test_rules import ALERTS, MANUAL, ROOT
+from tests.support.grafana import panels_of
+
+TUNING = ROOT / "docs" / "tuning.md"
+ELSEWHERE = {"Pending", "Last State", "OOMKilled"}  # words of Kubernetes
+
+SHOWN = {
+    name for dashboard in DASHBOARDS.values() for name in [dashboard["title"].removeprefix("inferstream: ")]
+}
+SHOWN |= {panel["title"] for dashboard in DASHBOARDS.values() for panel in panels_of(dashboard)}
+SHOWN |= {
+    target["legendFormat"]
+    for dashboard in DASHBOARDS.values()
+    for panel in panels_of(dashboard)
+    for target in panel["targets"]
+}
+
+
+@pytest.mark.parametrize("page", [MANUAL, TUNING, ROOT / "docs" / "upgrading.md"], ids=lambda page: page.stem)
+def test_page_when_it_names_a_panel_then_there_is_one(page: Path) -> None:
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL).replace("**", "")
+    named = {" ".join(phrase.split()) for phrase in re.findall(r"\*([^*]+)\*", prose)}
+
+    severities = {f"{rule['labels']['severity']}." for rule in ALERTS.values()}
+    assert named - severities - ELSEWHERE
+    unknown = {name for name in named if not any(title.startswith(name) for title in SHOWN)}
+    assert unknown <= severities | ELSEWHERE
+
+
+@pytest.mark.parametrize("page", [MANUAL, TUNING, ROOT / "docs" / "upgrading.md"], ids=lambda page: page.stem)
+def test_page_when_it_names_a_setting_then_there_is_one(page: Path) -> None:
+    sections = "|".join(sorted({key.partition(".")[0] for key in SETTINGS}))
+    named = set(re.findall(rf"`((?:{sections})\.[a-z_.]+)`", page.read_text()))
+
+    assert named
+    assert named <= set(SETTINGS)
+
+
+def test_exit_codes_when_listed_then_all_of_the_code_are_there() -> None:
+    codes = {
+        error.exit_code
+        for error in vars(errors).values()
+        if isinstance(error, type) and issubclass(error, errors.InferstreamError)
+    }
+    section = MANUAL.read_text().partition("\n## Exit codes\n")[2].partition("\n## ")[0]
+
+    assert codes | {0, 130, 137} == {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)}
+
+
+def test_decision_path_when_a_stage_can_limit_then_it_says_what_to_do() -> None:
+    section = MANUAL.read_text().partition("\n## The decision path\n")[2].partition("\n## ")[0]
+
+    assert set(LIMITS) == set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE))
+    headings = set(re.findall(r"^## (\w+)$", TUNING.read_text(), re.MULTILINE))
+    assert {stage.capitalize() for stage in LIMITS} - {"Input"} <= headings
+
+
+def test_alerts_when_they_have_a_severity_then_the_runbook_says_the_same() -> None:
+    for name, rule in ALERTS.items():
+        section = MANUAL.read_text().partition(f"\n### {name}\n")[2]
+        assert section.lstrip().startswith(f"*{rule['labels']['severity']}.*"), name
