@@ -4,7 +4,8 @@ Each sender keeps one batch on the way and collects the next behind it, so what 
 order.  The producer is idempotent; after an error that it does not retry itself its sequence numbers have a
 hole and the broker would refuse every later batch of that partition, so the producer is thrown away: release
 stops, the healthy batches are awaited, a new producer is made, and what is not acknowledged is sent again in
-order.  A refused batch of several records is halved until the refused record is alone.
+order.  A refused batch of several records is halved until it is taken or the refused record is alone; what is
+sent after it stays as small for a while, because under exactly-once all of it is sent again and again from the start.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from inferstream.telemetry.timeline import Timeline
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 512 * 1024  # what one request to one partition carries at most
+GROWS_AFTER = 64  # batches that were taken, and the limit of several records in one is doubled again
 BATCH_OVERHEAD = 256  # batch header and what compression may add to a batch that does not compress
 REFUSED_FOR_S = 60.0
 ERROR_BACKOFF_S = 0.5
@@ -83,9 +85,10 @@ class Sender:
         self._partition = partition
         self.queue: deque[Slot] = deque()
         self.sending = 0  # how many at the head of the queue are with the producer
-        self._suspect: Slot | None = None  # the first record of what was refused and is being split
-        self._limit = 0  # at most this many records in the batch that begins with it
-        self._strikes = 0  # how often it was refused alone
+        self._most_bytes = BATCH_BYTES  # in a batch of several records; half of one that was refused
+        self._taken = 0  # how many batches in a row were taken since that last changed
+        self._suspect: Slot | None = None  # the record that was refused alone
+        self._strikes = 0  # how often
         self._refused_since: float | None = None  # since when a right or the topic is missing
         self._wake = asyncio.Event()
         self._track = f"send-{topic.name}-{partition}"
@@ -134,15 +137,14 @@ class Sender:
     async def _send(self) -> None:
         producer = self._sink.producer
         batch = producer.create_batch()
-        limit = min(BATCH_BYTES, self._topic.max_message_bytes - BATCH_OVERHEAD)
+        limit = min(self._most_bytes, self._topic.max_message_bytes - BATCH_OVERHEAD)
         now = int(time.time() * 1000)  # a record's timestamp is its production time
-        most = self._limit if self.queue[0] is self._suspect else len(self.queue)
         size = count = 0
         for slot in self.queue:
             outgoing = slot.outcome
             assert outgoing is not None  # it was released and is not acknowledged
             grown = size + outgoing.size
-            if count and (grown > limit or count == most or slot is self._suspect):
+            if count and (grown > limit or slot is self._suspect):
                 break
             taken = batch.append(
                 timestamp=now, key=outgoing.key, value=outgoing.value, headers=list(outgoing.headers)
@@ -162,14 +164,13 @@ class Sender:
         except KafkaError as error:
             failed = True
             self._sink.publishing_failed(producer, error, handed_over)
-            later = self._failed(error, count)
+            later = self._failed(error, count, size)
         else:
             self._sink.timeline.span(self._track, "publish", started, time.monotonic(), records=count)
             sent = [self.queue.popleft() for _ in range(count)]
             if sent[0] is self._suspect:
-                self._limit -= count
-                self._strikes = 0
-                self._suspect = self.queue[0] if self._limit > 0 and self.queue else None
+                self._suspect = None
+            self._grow()
             self._refused_since = None
             self._sink.acknowledged(sent)
         finally:
@@ -180,7 +181,14 @@ class Sender:
         if later:
             await asyncio.sleep(ERROR_BACKOFF_S)
 
-    def _failed(self, error: KafkaError, count: int) -> bool:
+    def _grow(self) -> None:
+        """Note that a batch was taken; after some of them the next may be larger again."""
+        self._taken += 1
+        if self._taken >= GROWS_AFTER and self._most_bytes < BATCH_BYTES:
+            self._most_bytes = min(2 * self._most_bytes, BATCH_BYTES)
+            self._taken = 0
+
+    def _failed(self, error: KafkaError, count: int, size: int) -> bool:
         """Decide what is sent next; True if it is the same again, which deserves some time."""
         where = f"{self._topic.name}:{self._partition}"
         if not isinstance(error, _REFUSES_THE_RECORD):
@@ -192,15 +200,13 @@ class Sender:
             return True
         if count > 1:
             log.warning("a batch was refused; splitting it", extra={"to": where, "records": count})
-            self._suspect = self.queue[0]
-            self._limit = count // 2
-            self._strikes = 0
+            self._most_bytes = size // 2
+            self._taken = 0
             return False
         if self.queue[0] is not self._suspect:
             self._suspect = self.queue[0]
             self._strikes = 0
         self._strikes += 1
-        self._limit = 1
         if self._strikes < (UNKNOWN_ERROR_STRIKES if isinstance(error, UnknownError) else 1):
             return True
         self._suspect = None
