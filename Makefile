@@ -1,12 +1,13 @@
 # make demo | test | check | bench: each does all the set-up it needs, in .venv and a cache folder.
-# Needs Python >= 3.11; `make test` also Docker, or Java >= 17 and Maven; the chart's tests Go >= 1.26.
+# Needs Python >= 3.11; `make test` also Docker, or Java >= 17 and Maven, and Go >= 1.26 for the tests of the chart;
+# the image's targets Docker or Podman.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-chart test-cluster fuzz faults check format chart docs bench lock clean
+.PHONY: help setup demo test test-chart test-cluster test-image image fuzz faults check format chart docs bench lock clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -16,6 +17,13 @@ DOCS_VENV := build/docs-venv
 DOCS_STAMP := $(DOCS_VENV)/.installed
 # The interpreter .venv is made with; found by itself unless given: make setup PYTHON=/usr/bin/python3.12
 PYTHON ?=
+# The image: make image IMAGE=registry/name:tag; docs/deployment.md has what each is for.
+IMAGE ?=
+BASE_IMAGE ?=
+TORCH_INDEX_URL ?=
+EXTRAS ?=
+ENGINE ?=
+IMAGE_ARGS ?=
 # More arguments for the demo, pytest, the fuzzer, the faults and the benchmarks: make test PYTEST_ARGS='-k drain -x'
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
@@ -87,6 +95,36 @@ test-chart: setup ## the Helm chart alone: rendered by Helm and judged
 test-cluster: setup ## the Helm chart on a real Kubernetes API server, built from its sources (once, minutes)
 	@$(BIN)/python -m tests.helm.tools --cluster
 	$(BIN)/python -m pytest -m cluster tests/helm $(PYTEST_ARGS)
+
+image: ## the container image: IMAGE=NAME:TAG (BASE_IMAGE=… TORCH_INDEX_URL=… EXTRAS='demo accelerate' ENGINE=podman IMAGE_ARGS=…)
+	@if [ -z "$(IMAGE)" ]; then
+	  echo "image: it has no name yet; for example: make image IMAGE=inferstream:dev" >&2
+	  exit 2
+	fi
+	engine="$(ENGINE)"
+	for candidate in $${engine:-docker podman}; do
+	  if "$$candidate" info >/dev/null 2>&1; then
+	    found=$$candidate
+	    break
+	  fi
+	done
+	if [ -z "$${found:-}" ]; then
+	  echo "image: no container engine answers ($${engine:-docker, podman}); install Docker 23 or later, or Podman (Debian: apt-get install podman)" >&2
+	  exit 1
+	fi
+	arguments=(--build-arg VERSION="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)")
+	arguments+=(--build-arg REVISION="$$(git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)")
+	[ -z "$(BASE_IMAGE)" ] || arguments+=(--build-arg BASE_IMAGE="$(BASE_IMAGE)")
+	[ -z "$(TORCH_INDEX_URL)" ] || arguments+=(--build-arg TORCH_INDEX_URL="$(TORCH_INDEX_URL)")
+	[ -z "$(EXTRAS)" ] || arguments+=(--build-arg EXTRAS="$(EXTRAS)")
+	# Only Docker's own format has health checks, and Podman's default is the other.
+	case "$$("$$found" --version)" in podman*) arguments+=(--format docker) ;; esac
+	DOCKER_BUILDKIT=1 "$$found" build "$${arguments[@]}" $(IMAGE_ARGS) --tag "$(IMAGE)" .
+
+test-image: setup ## the image, built with the extra demo and run as it would be in a cluster (same variables as image)
+	@$(MAKE) --no-print-directory image IMAGE=$(or $(IMAGE),localhost/inferstream:test) EXTRAS='$(or $(EXTRAS),demo)'
+	INFERSTREAM_TEST_IMAGE=$(or $(IMAGE),localhost/inferstream:test) INFERSTREAM_TEST_ENGINE='$(ENGINE)' \
+	  $(BIN)/python -m pytest tests/image $(PYTEST_ARGS)
 
 fuzz: setup ## 1,000,000 generated records, each with exactly one outcome (FUZZ_ARGS='--records 30000 --seed 7')
 	@$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)

@@ -1,11 +1,14 @@
 """Regenerate the pinned requirement files from pyproject.toml: ``make lock``.
 
 One resolution over everything (Python 3.11 and later, every platform), so that the files agree with each
-other, then split in three by who needs a package; the last two stand alone:
+other, then split by who needs a package; the last three stand alone:
 
     base.txt    what the service needs, without torch and what torch alone brings
     torch.txt   torch and what it alone brings: gigabytes, so an image keeps it in a layer of its own
     dev.txt     the extras demo, test and dev; includes the two above
+    demo.txt, accelerate.txt
+                what an extra adds to the service, for an image that has it
+    build.txt   what builds the service's wheel, for an image as well
     uv.txt      the installer itself, for machines that have none
     docs.txt    what makes the site of the documentation, in an environment of its own
 """
@@ -23,6 +26,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+IMAGE_EXTRAS = ("demo", "accelerate")  # those that a container image can have
 OLDEST_PYTHON = "3.11"
 
 Blocks = dict[str, list[str]]
@@ -67,7 +71,9 @@ def write(name: str, header: str, packages: Blocks) -> None:
 def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     runtime: list[str] = project["dependencies"]
-    extras: list[str] = [need for extra in project["optional-dependencies"].values() for need in extra]
+    optional: dict[str, list[str]] = project["optional-dependencies"]
+    extras: list[str] = [need for extra in optional.values() for need in extra]
+    build_needs = [need for need in optional["dev"] if need.startswith("hatchling")]
     without_torch = [need for need in runtime if not re.match(r"torch\b", need)]
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -78,6 +84,11 @@ def main() -> None:
         pinned.write_text(everything)
         base = set(blocks(compile_pins(folder, without_torch, pinned)))
         service = set(blocks(compile_pins(folder, runtime, pinned)))
+        of_extras = {
+            extra: set(blocks(compile_pins(folder, [*runtime, *optional[extra]], pinned))) - service
+            for extra in IMAGE_EXTRAS
+        }
+        build = set(blocks(compile_pins(folder, build_needs, pinned)))
         uv = blocks(compile_pins(folder, ["uv"]))
         docs = blocks(compile_pins(folder, ["mkdocs-material"]))
 
@@ -93,6 +104,13 @@ def main() -> None:
         "# The extras demo, test and dev, on top of the service.\n-r base.txt\n-r torch.txt",
         {n: packages[n] for n in packages if n not in service},
     )
+    for extra, names in of_extras.items():
+        write(
+            f"{extra}.txt",
+            f"# The extra {extra}, on top of the service.",
+            {n: packages[n] for n in packages if n in names},
+        )
+    write("build.txt", "# What builds the service's wheel.", {n: packages[n] for n in packages if n in build})
     write("uv.txt", "# The installer that `make setup` uses where there is none.", uv)
     write("docs.txt", "# What `make docs` builds the site with.", docs)
 

@@ -23,7 +23,18 @@ ENVIRON = {
 }
 LIST = ["dead-letters", "list", "--bootstrap", "localhost:1", "--topic", "a"]
 REPLAY = ["dead-letters", "replay", "--bootstrap", "localhost:1", "--topic", "a"]
-COMMANDS = ["run", "demo", "broker", "publish", "consume", "dead-letters", "topics", "config", "bench"]
+COMMANDS = [
+    "run",
+    "demo",
+    "broker",
+    "publish",
+    "consume",
+    "dead-letters",
+    "topics",
+    "config",
+    "bench",
+    "health",
+]
 
 
 def inferstream(

@@ -1,4 +1,4 @@
-"""The programs that judge the chart, built from pinned sources by Go and kept in the cache folder.
+"""The programs that judge the chart, and Prometheus, built from pinned sources by Go and kept in the cache folder.
 
 ``python -m tests.helm.tools`` builds what `make test` needs, ``--cluster`` what `make test-cluster` needs as well, so
 that it does not count against a test's time; with a NAME it builds that one and prints its path.  What is fetched is

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from inferstream.cli import broker, consume, dead_letters, publish, topics
+from inferstream.cli import broker, consume, dead_letters, health, publish, topics
 from inferstream.errors import InferstreamError, SettingsError
 from inferstream.version import version
 
@@ -116,6 +116,7 @@ def demo(ctx: typer.Context) -> None:
 app.command()(broker.broker)
 app.command(short_help="Publish documents and wait until each is acknowledged.")(publish.publish)
 app.command(short_help="Write the records of a topic, a line of JSON each.")(consume.consume)
+app.command(short_help="Ask the worker on this machine whether it lives and is ready.")(health.health)
 app.add_typer(dead_letters.app, name="dead-letters")
 app.add_typer(topics.app, name="topics")
 
