@@ -663,6 +663,14 @@ def delivery() -> dict[str, Any]:
             line_at=4,
         ),
         graph(
+            "work over a rebalance",
+            "Documents in work when it came: those that went on, and those let go, which are read again.",
+            {
+                "went on": "sum(increase(inferstream_documents_resumed_total{@}[15m]))",
+                "let go": "sum(increase(inferstream_documents_dropped_total{@}[15m]))",
+            },
+        ),
+        graph(
             "partitions",
             "Owned by any worker. Below the partitions of the input topics: some are with nobody.",
             {
