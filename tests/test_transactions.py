@@ -287,10 +287,28 @@ async def test_end_when_it_takes_too_long_then_it_is_given_up_and_found_out(buil
 
     producer.commit = late
     stage.release(0, 4)
+    stage.epoch.closing = True
     with pytest.raises(CommitFailed):
         await stage.settle(0.05)
     await stage.renewed()
     assert await stage.settle() == {stage.lanes[0]: (4, 4)} and stage.broker.of() == [0, 1, 2, 3]
+
+
+async def test_tick_when_the_brokers_are_slow_then_it_is_not_given_up_before_its_transaction_has_to_be(
+    build: Build,
+) -> None:
+    stage = await build()
+    producer = stage.transactions.producer
+    answered = producer.commit
+
+    async def slow() -> None:
+        await asyncio.sleep(0.2)
+        await answered()
+
+    producer.commit = slow
+    stage.release(0, 4)
+    assert await stage.settle(0.05) == {stage.lanes[0]: (4, 4)}
+    assert stage.transactions.producer is producer
 
 
 async def test_slots_when_released_while_a_transaction_ends_then_they_go_into_the_next(build: Build) -> None:

@@ -2,30 +2,33 @@
 
 Each row of the matrix is one fault under one guarantee; its injections are spread over runs of at most
 PER_RUN on one scene.  Everything drawn comes from the seed, which is printed; a run with findings says how it is
-run again.
+run again.  Two are run at a time, each with brokers, topics and workers of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import random
+import shutil
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.catalogue import FAULTS, GUARANTEES, SLICES, Fault
 from tests.faults.matrix import markdown, table
+from tests.faults.record import NotOneMatrix, merged, written
 from tests.faults.run import Report, refusal, run
 from tests.support.broker import BrokerUnavailable
 from tests.support.cluster import Cluster
 
 PER_RUN = 5
+ABREAST = 2  # two cores are enough for two runs, which wait most of the time: for sessions to end, for brokers to start
 WEIGHTS = {"random": 4, "kill": 2, "zombie": 2, "broker-killed-3": 2, "topic-gone": 0.2}
 
 
@@ -39,6 +42,10 @@ class Planned:
     @property
     def brokers(self) -> int:
         return max(entry.brokers for entry in self.faults)
+
+
+Waiting = deque[tuple[int, Planned]]
+"""Runs that no lane has taken yet, each with its number."""
 
 
 def plan(names: Sequence[str], guarantees: Sequence[str], count: int, seed: int) -> Iterator[Planned]:
@@ -66,26 +73,43 @@ def plan(names: Sequence[str], guarantees: Sequence[str], count: int, seed: int)
             yield Planned(entry.name, guarantee, (entry,) * many, (seed + n) % (1 << 32))
 
 
-async def perform(planned: Sequence[Planned], folder: Path, until: float) -> list[Report]:
-    """Run them one after the other, on one cluster for each number of brokers; stop at ``until`` (monotonic)."""
+async def perform(planned: Sequence[Planned], folder: Path, until: float, abreast: int) -> list[Report]:
+    """Run them, ``abreast`` at a time, each lane on a cluster of its own; start none after ``until`` (monotonic).
+
+    Those on the same number of brokers come together, in their order.
+    """
     reports: list[Report] = []
     for brokers in sorted({entry.brokers for entry in planned}):
+        waiting = deque((n, entry) for n, entry in enumerate(planned) if entry.brokers == brokers)
         print(
             f"starting Apache Kafka with {brokers} broker{'s' * (brokers > 1)} …", file=sys.stderr, flush=True
         )
-        cluster = await Cluster(folder / f"kafka-{brokers}", brokers).start()
+
+        async def lane(number: int, brokers: int = brokers, waiting: Waiting = waiting) -> None:
+            cluster: Cluster | None = None
+            try:
+                while waiting and time.monotonic() < until:
+                    n, entry = waiting.popleft()
+                    where = folder / f"{n:03d}-{entry.name}-{entry.guarantee}"
+                    if cluster is None:
+                        place = folder / f"kafka-{brokers}-{number}-from-{n:03d}"
+                        cluster = await Cluster(place, brokers).start()
+                    report = await run(cluster, entry.name, entry.faults, entry.guarantee, entry.seed, where)
+                    reports.append(report)
+                    _tell(report, len(reports), len(planned))
+                    if report.problems:  # the next one shall not suffer from what is left of it
+                        await cluster.remove()
+                        cluster = None
+            finally:
+                if cluster is not None:
+                    await cluster.remove()
+
         try:
-            for n, entry in enumerate(planned):
-                if entry.brokers != brokers:
-                    continue
-                if time.monotonic() > until:
-                    return reports
-                where = folder / f"{n:03d}-{entry.name}-{entry.guarantee}"
-                report = await run(cluster, entry.name, entry.faults, entry.guarantee, entry.seed, where)
-                reports.append(report)
-                _tell(report, n + 1, len(planned))
-        finally:
-            await cluster.remove()
+            async with asyncio.TaskGroup() as lanes:
+                for number in range(min(abreast, len(waiting))):
+                    lanes.create_task(lane(number + 1))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
     return reports
 
 
@@ -117,8 +141,20 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--guarantee", choices=GUARANTEES, help="only under this one (default: both)")
     parser.add_argument("--minutes", type=float, default=90, help="start no run after that time (default 90)")
+    parser.add_argument(
+        "--abreast",
+        type=int,
+        default=ABREAST,
+        help=f"so many runs at a time, on brokers of their own (default {ABREAST})",
+    )
     parser.add_argument("--json", type=Path, help="write every run and injection to this file")
     parser.add_argument("--markdown", type=Path, help="write the matrix to this file")
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        help="run nothing: print the matrix of what these files of --json hold",
+    )
     given = parser.parse_args()
     given.names = given.only.split(",") if given.only else list(FAULTS)
     if unknown := sorted({*given.names} - {*FAULTS, *SLICES}):
@@ -126,10 +162,25 @@ def arguments() -> argparse.Namespace:
     return given
 
 
+def merge(files: Sequence[Path], into: Path | None) -> int:
+    try:
+        reports = merged(files)
+    except (NotOneMatrix, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(reports))
+    if into:
+        into.write_text(markdown(reports))
+    return 1 if any(report.problems for report in reports) else 0
+
+
 def main() -> int:
     given = arguments()
-    # The harness's own clients say at length what the faults do to them.
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+    if given.merge:
+        return merge(given.merge, given.markdown)
+    # The harness's own clients say at length what the faults do to them, and asyncio what became of their futures.
+    for chatty in ("aiokafka", "asyncio"):
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
     seed = given.seed if given.seed is not None else random.SystemRandom().randrange(1 << 32)
     guarantees = []
     skipped = []
@@ -150,10 +201,11 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="inferstream-faults-"))
     began = time.monotonic()
     try:
-        reports = asyncio.run(perform(planned, folder, began + given.minutes * 60))
+        reports = asyncio.run(perform(planned, folder, began + given.minutes * 60, given.abreast))
     except BrokerUnavailable as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    reports.sort(key=lambda report: report.folder)  # in the order of the plan
     minutes = (time.monotonic() - began) / 60
     counted = sum(len(report.counted) for report in reports)
     text = markdown(reports)
@@ -168,19 +220,15 @@ def main() -> int:
     if given.markdown:
         given.markdown.write_text(text)
     if given.json:
-        tree = {
-            "seed": seed,
-            "minutes": minutes,
-            "complete": complete,
-            "skipped": skipped,
-            "runs": [asdict(report) | {"replay": report.replay} for report in reports],
-        }
-        given.json.write_text(json.dumps(tree, indent=1) + "\n")
+        facts = {"seed": seed, "minutes": minutes, "complete": complete, "skipped": skipped}
+        given.json.write_text(written(reports, facts))
     failed = [report for report in reports if report.problems]
     if failed:
         print(f"logs of what failed: {folder}", file=sys.stderr)
         for report in failed:
             print(f"replay: {report.replay}", file=sys.stderr)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
     return 1 if failed or not complete else 0
 
 

@@ -15,7 +15,7 @@ from aiokafka import AIOKafkaProducer
 
 from tests.faults.checker import source_of_result
 from tests.faults.fleet import Member
-from tests.faults.scene import MAX_UNCOMMITTED, Scene
+from tests.faults.scene import ADMIN_S, MAX_UNCOMMITTED, Scene
 from tests.support.cluster import Cluster, Node
 
 EXACTLY_ONCE = "exactly-once"
@@ -63,14 +63,14 @@ def fault(name: str, title: str, **facts: object) -> Callable[[Inject], Inject]:
 
 @fault("kill", "kill -9")
 async def kill(scene: Scene) -> None:
-    member = await scene.pick()
+    member = await scene.pick(at_work=True)
     scene.note(f"kill -9 {member.name}")
     member.kill()
 
 
 @fault("sigterm", "SIGTERM", workers=1, repeats=0)
 async def sigterm(scene: Scene) -> None:
-    member = await scene.pick()
+    member = await scene.pick(at_work=True)
     starts = member.starts
     scene.note(f"SIGTERM {member.name}")
     member.terminate()
@@ -79,7 +79,7 @@ async def sigterm(scene: Scene) -> None:
 
 @fault("zombie", "SIGSTOP past the session, SIGCONT")
 async def zombie(scene: Scene) -> None:
-    member = await scene.pick()
+    member = await scene.pick(at_work=True)
     scene.note(f"SIGSTOP {member.name}")
     member.freeze()
     try:
@@ -94,7 +94,7 @@ async def zombie(scene: Scene) -> None:
 @fault("join", "a member joins", repeats=2)
 async def join(scene: Scene) -> None:
     joining = scene.fleet.add()
-    await scene.until(lambda: _says_assigned(joining), f"{joining.name} to get partitions")
+    await scene.until(lambda: _at_work(joining), f"{joining.name} to get partitions")
     await scene.results(100, 800)
     scene.note(f"{joining.name} goes again")
     await _leave(scene, joining)
@@ -102,7 +102,7 @@ async def join(scene: Scene) -> None:
 
 @fault("leave", "a member leaves", repeats=2)
 async def leave(scene: Scene) -> None:
-    leaving = await scene.pick()
+    leaving = await scene.pick(at_work=True)
     scene.note(f"{leaving.name} leaves for a while")
     await _leave(scene, leaving)
     await scene.results(100, 800)
@@ -136,8 +136,8 @@ async def _has_ended(member: Member) -> bool:
     return not member.running
 
 
-async def _says_assigned(member: Member) -> bool:
-    return "assigned" in member.worker.stderr_text()
+async def _at_work(member: Member) -> bool:
+    return member.at_work
 
 
 async def _missed(scene: Scene, member: Member) -> bool:
@@ -235,9 +235,8 @@ async def _delete_output(scene: Scene) -> None:
     try:
         await _quiet(scene)
         await _keep_results(scene)
-        admin = scene.admin()
-        [future] = admin.delete_topics([scene.target], operation_timeout=30).values()
-        await asyncio.to_thread(future.result, 30)
+        [future] = scene.admin.delete_topics([scene.target], operation_timeout=30).values()
+        await asyncio.to_thread(future.result, ADMIN_S)
         scene.note("the output topic is deleted")
     finally:
         for member in frozen:
@@ -280,13 +279,20 @@ async def _quiet(scene: Scene) -> None:
 @fault("fenced", "producer fenced", exits=frozenset({3}), guarantees=(EXACTLY_ONCE,))
 async def fenced(scene: Scene) -> None:
     """Another producer with the worker's transactional id, as a second live worker with it would be."""
-    member = await scene.pick()
+    member = await scene.pick(at_work=True)
     scene.note(f"the transactional id of {member.name} is taken")
-    intruder = AIOKafkaProducer(
-        bootstrap_servers=scene.kafka.bootstrap, transactional_id=scene.transactional_id(member.name)
-    )
-    await intruder.start()
-    await intruder.stop()
+
+    async def intrude() -> bool:
+        intruder = AIOKafkaProducer(
+            bootstrap_servers=scene.kafka.bootstrap, transactional_id=scene.transactional_id(member.name)
+        )
+        try:
+            await intruder.start()
+        finally:
+            await intruder.stop()
+        return True
+
+    await scene.until(intrude, "the transactional id to be taken")
 
 
 def _node(scene: Scene, chance: random.Random | None = None) -> Node:
@@ -300,7 +306,7 @@ def _cluster(scene: Scene) -> Cluster:
 
 async def broker_killed(scene: Scene) -> None:
     node = _node(scene)
-    async with node.changing:
+    async with _cluster(scene).changing:
         scene.note(f"kill -9 broker {node.number}")
         node.kill()
         await asyncio.sleep(scene.chance.uniform(0, 2))
@@ -311,7 +317,7 @@ async def broker_killed(scene: Scene) -> None:
 
 async def broker_restarted(scene: Scene) -> None:
     node = _node(scene)
-    async with node.changing:
+    async with _cluster(scene).changing:
         scene.note(f"broker {node.number} shuts down")
         await asyncio.to_thread(node.stop)
         node.begin()
@@ -330,15 +336,19 @@ for _name, _title, _inject in (
 @fault("leader-moved", "leaders moved", repeats=2, brokers=3)
 async def leader_moved(scene: Scene) -> None:
     topic = scene.chance.choice([scene.source, scene.target, scene.target, scene.dead_letters])
-    await _cluster(scene).move_leaders(topic, scene.chance)
-    scene.note(f"the leaders of {topic} have moved")
+    await _move_leaders(scene, topic)
 
 
 @fault("coordinator-moved", "coordinators moved", repeats=2, brokers=3)
 async def coordinator_moved(scene: Scene) -> None:
     for topic in [OFFSETS_TOPIC, *([TRANSACTIONS_TOPIC] if scene.guarantee == EXACTLY_ONCE else [])]:
+        await _move_leaders(scene, topic)
+
+
+async def _move_leaders(scene: Scene, topic: str) -> None:
+    async with _cluster(scene).changing:
         await _cluster(scene).move_leaders(topic, scene.chance)
-        scene.note(f"the leaders of {topic} have moved")
+    scene.note(f"the leaders of {topic} have moved")
 
 
 # ---------------------------------------------------------------- the network
@@ -409,25 +419,26 @@ FAULTS["random"] = Fault(
 
 # For `make test`: what needs no broker of its own, on one scene each, so that the workers start only once.
 SLICES: dict[str, tuple[str, ...]] = {
-    "slice-service": ("kill", "sigterm", "full-partition", "join", "zombie", "leave", "sigterm", "kill"),
-    "slice-transactions": (
+    "slice-offsets": (
         "kill",
+        "device-raises",
+        "sigterm",
+        "full-partition",
+        "poisoned-context",
+        "join",
+        "out-of-memory",
+        "zombie",
+        "leave",
+    ),
+    "slice-transactions": (
         "fenced",
+        "kill",
+        "device-raises",
         "join",
         "poisoned-context",
         "zombie",
         "sigterm",
+        "out-of-memory",
         "full-partition",
-        "kill",
-    ),
-    "slice-device": (
-        "device-raises",
-        "out-of-memory",
-        "poisoned-context",
-        "device-raises",
-        "kill",
-        "poisoned-context",
-        "out-of-memory",
-        "device-hangs",
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +20,8 @@ PROBE_S = 1.0
 FAILED_PROBES = 3  # in a row, before a worker is killed, as an orchestrator would do it
 RESTART_S = 0.3
 KILLED = -int(signal.SIGKILL)
+CHANGE = re.compile(r'"message":"(assigned|revoked)"(.*)')
+"""A line of a worker's log that tells of its partitions, and the facts behind it."""
 
 
 class Member:
@@ -39,6 +42,7 @@ class Member:
         self.frozen = False
         self.starts = 0
         self.ended_at = 0.0
+        self._said_before = 0  # characters of its log that its predecessors wrote
         self.told: set[int] = set()  # exit codes that what we did to this process can have
         self.failed_probes = 0
 
@@ -46,11 +50,21 @@ class Member:
         self.told = set()
         self.failed_probes = 0
         self.starts += 1
+        self._said_before = len(self.worker.stderr_text())
         self.worker.start()
 
     @property
     def running(self) -> bool:
         return self.starts > 0 and self.worker.returncode is None
+
+    @property
+    def at_work(self) -> bool:
+        """Whether it runs and the group has given it partitions, as it says."""
+        if not self.running or self.frozen:
+            return False
+        changes = CHANGE.findall(self.worker.stderr_text()[self._said_before :])
+        what, facts = changes[-1] if changes else ("", "")
+        return what == "assigned" and '"partitions":["' in facts
 
     def kill(self) -> None:
         if self.running:

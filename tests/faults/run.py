@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,7 +117,9 @@ async def run(
         await scene.finish()
         results = [*scene.deleted, *await kafka.read_all(scene.target)]
         dead_letters = await kafka.read_all(scene.dead_letters)
-        findings = check(await kafka.read_all(scene.source), results, dead_letters, scene.rules)
+        inputs = await kafka.read_all(scene.source)
+        # in a thread: another run may be under way on this event loop
+        findings = await asyncio.to_thread(check, inputs, results, dead_letters, scene.rules)
         times = answer_times(results, dead_letters)
         for injection in report.injections:
             injection.pause_s = longest_pause(times, injection.since, injection.until)
@@ -130,7 +134,7 @@ async def run(
         )
     except Exception as error:
         report.problems.append(f"the harness itself failed: {error!r}")
-        raise
+        scene.note(traceback.format_exc())
     finally:
         await scene.close()
         report.problems += scene.fleet.problems

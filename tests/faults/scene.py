@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from tests.support.client import PARTITIONS, Kafka, Sent
 from tests.support.worker import merged, settings
 
 MAX_UNCOMMITTED = 500
-AHEAD = 2_000  # documents of each partition that are there and not committed: more than any worker holds
+AHEAD = 1_600  # documents of each partition that are there and not committed: more than any worker holds
 OBSERVE_S = 0.05
+LOOK_S = 0.2
 STUCK_S = 150.0  # without a result the run is given up: nothing that a fault leaves behind lasts so long
 CLIENT_TIMEOUT_MS = 5_000
+ADMIN_S = 60.0  # for one answer of an administrator's
 
 
 class Stuck(Exception):
@@ -106,7 +109,7 @@ class Feeder:
             while True:
                 with contextlib.suppress(KafkaError, OSError):  # the coordinator is away
                     await self.look()
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(LOOK_S)
 
     async def look(self) -> None:
         committed = await self._kafka.committed(self._group, self._source)
@@ -115,6 +118,7 @@ class Feeder:
 
     async def enough(self) -> bool:
         """Whether each partition has more left than a worker may hold of it."""
+        await self.look()
         return min(self.left) > MAX_UNCOMMITTED
 
     async def _feed(self, partition: int) -> None:
@@ -135,7 +139,7 @@ class Feeder:
                     self._published[partition] += missing
                 except (KafkaError, OSError) as error:
                     self._note(f"publishing to partition {partition} failed: {error!r}")
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(LOOK_S)
 
     def _record(self, number: int, partition: int) -> Sent:
         key, value = record(self._seed, number)
@@ -187,19 +191,23 @@ class Scene:
             journal.write(stamped + "\n")
 
     async def open(self, workers: int) -> None:
-        """Make the topics, start publishing, then the workers; returns when there are results."""
-        await self.kafka.create_topic(self.source)
+        """Make the topics, start publishing, then the workers; returns when all are at work."""
+        await self._create(self.source, PARTITIONS)
         await self.make_output()
-        await self.kafka.create_topic(self.dead_letters, self.outputs, {"max.message.bytes": str(2 << 20)})
+        await self._create(self.dead_letters, self.outputs, {"max.message.bytes": str(2 << 20)})
         self._tasks = [
             asyncio.create_task(self.observer.run(), name="observer"),
             asyncio.create_task(self.feeder.run(), name="feeder"),
         ]
         self.fleet.start(workers)
+        await self.until(self._complete, "every worker to have partitions")
         await self.observer.reach(1)
 
     async def make_output(self) -> None:
-        await self.kafka.create_topic(self.target, self.outputs)
+        await self._create(self.target, self.outputs)
+
+    async def _create(self, topic: str, partitions: int, configs: Mapping[str, str] | None = None) -> None:
+        await self.until(lambda: self.kafka.create_topic(topic, partitions, configs), f"topic {topic}")
 
     async def finish(self) -> None:
         """Publish no more, wait until all is answered and committed, then drain the workers."""
@@ -215,31 +223,39 @@ class Scene:
         await self._cancel(self._tasks)
 
     async def remove_topics(self) -> None:
-        futures = self.admin().delete_topics([self.source, self.target, self.dead_letters])
+        """Give the broker its space back; a topic that stays is in nobody's way."""
+        futures = self.admin.delete_topics([self.source, self.target, self.dead_letters])
         for future in futures.values():
-            with contextlib.suppress(KafkaException):
-                await asyncio.to_thread(future.result, 30)
+            with contextlib.suppress(KafkaException, TimeoutError):
+                await asyncio.to_thread(future.result, ADMIN_S)
 
     # ---- for faults
 
+    @functools.cached_property
     def admin(self) -> AdminClient:
-        return AdminClient({"bootstrap.servers": self.kafka.bootstrap, "log_level": 0})
+        """One for the whole run: a handle that is dropped takes the answers it waits for along."""
+        return AdminClient(
+            {"bootstrap.servers": self.kafka.bootstrap, "reconnect.backoff.max.ms": 500, "log_level": 0}
+        )
 
-    async def pick(self) -> Member:
-        """A running member, by the seed."""
+    async def pick(self, at_work: bool = False) -> Member:
+        """A running worker, by the seed; one that has partitions if it is to be ``at_work``."""
+        found: list[Member] = []
 
         async def somebody() -> bool:
-            return bool(self.fleet.running)
+            found[:] = [member for member in self.fleet.running if member.at_work or not at_work]
+            return bool(found)
 
         await self.until(somebody, "a worker to run")
-        return self.chance.choice(self.fleet.running)
+        return self.chance.choice(found)
 
     async def results(self, fewest: int, most: int) -> None:
         """Wait for a seeded number of further results."""
         await self.observer.reach(self.observer.count + self.chance.randrange(fewest, most))
 
     async def recovered(self) -> None:
-        """Wait until every input partition is worked on again: its commits go on from where they are now."""
+        """Wait until each worker has partitions and each partition is worked on: its commits go on from now on."""
+        await self.until(self._complete, "every worker to have partitions")
         await self.until(self._looked, "the committed offsets")
         goals = [done + self.chance.randrange(20, 100) for done in self.feeder.committed]
 
@@ -247,6 +263,9 @@ class Scene:
             return all(done >= goal for done, goal in zip(self.feeder.committed, goals, strict=True))
 
         await self.until(reached, "every partition to be worked on again")
+
+    async def _complete(self) -> bool:
+        return all(member.at_work for member in self.fleet.members if member.wanted)
 
     async def until(
         self, condition: Callable[[], Awaitable[Any]], what: str, timeout_s: float = STUCK_S
@@ -260,9 +279,8 @@ class Scene:
 
     async def members(self) -> set[str]:
         """The names of those that the group's coordinator takes for members."""
-        admin = self.admin()
-        [future] = admin.describe_consumer_groups([self.group]).values()
-        described = await asyncio.to_thread(future.result, 10)
+        [future] = self.admin.describe_consumer_groups([self.group]).values()
+        described = await asyncio.to_thread(future.result, ADMIN_S)
         return {member.client_id for member in described.members}
 
     async def set_limit(self, limit: int | None) -> None:
@@ -270,9 +288,13 @@ class Scene:
         operation = AlterConfigOpType.DELETE if limit is None else AlterConfigOpType.SET
         entry = ConfigEntry("max.message.bytes", str(limit), incremental_operation=operation)
         resource = ConfigResource(ConfigResource.Type.TOPIC, self.target, incremental_configs=[entry])
-        admin = self.admin()
-        [future] = admin.incremental_alter_configs([resource]).values()
-        await asyncio.to_thread(future.result, 30)
+
+        async def is_set() -> bool:
+            [future] = self.admin.incremental_alter_configs([resource]).values()
+            await asyncio.to_thread(future.result, ADMIN_S)
+            return True
+
+        await self.until(is_set, f"max.message.bytes={limit}")
 
     async def _looked(self) -> bool:
         await self.feeder.look()
@@ -293,8 +315,8 @@ class Scene:
     def _draw_settings(self) -> dict[str, Any]:
         """Drawn by the seed, and slow enough that there is always input left.
 
-        The budget is never reached, so a batch waits for its linger, a millisecond for each document that the buffer
-        holds: a worker does at most 1,000 in a second, at next to no cost.
+        The budget is never reached, so a batch waits for its linger, two milliseconds for each document that the
+        buffer holds: a worker does at most 500 in a second, at next to no cost.
         """
         chance = self.chance
         at_once = chance.choice([16, 32, 64, 128])
@@ -307,7 +329,7 @@ class Scene:
                 "max_partition_fetch_bytes": chance.choice([64, 256, 1024]) * 1024,
             },
             "output": {"compression": chance.choice(["none", "zstd"])},
-            "batch": {"max_tokens": 8192, "linger_ms": at_once},
+            "batch": {"max_tokens": 8192, "linger_ms": 2 * at_once},
             "buffer": {"max_documents": at_once, "max_tokens": 8192},
             "device": {"hang_timeout_s": 5},
             "delivery": {

@@ -9,7 +9,7 @@ import pytest
 from aiokafka import ConsumerRecord
 
 from inferstream.tasks.hash import hash_vectors
-from tests.faults.checker import Rules, check
+from tests.faults.checker import Rules, check, source_of_dead_letter
 from tests.faults.documents import answer, header, record
 
 SEED = 7
@@ -94,6 +94,20 @@ def test_check_when_a_zombie_writes_between_the_next_owners_results_then_order_h
     late = [entry for pair in zip(results[10:30], results[5:25], strict=True) for entry in pair]
     log = [*results[:10], *late, *results[25:]]
     assert check(inputs, log, dead, Rules(**RULES, repeats=COUNT)).problems == ()
+
+
+@pytest.mark.parametrize("first", ["record_refused", "result"])
+def test_check_when_an_answer_is_of_another_kind_the_second_time_then_order_holds(first: str) -> None:
+    """A document is answered, so is a later one; the worker dies, and its successor reads the topic's lowered limit."""
+    inputs, results, dead = good_run()
+    large, place = next((n, entry) for n, entry in enumerate(inputs) if answer(entry.value).large)
+    without = [entry for entry in results if orjson.loads(entry.value)["source"]["offset"] != large]
+    before = [entry for entry in dead if source_of_dead_letter(entry)[1] < large]
+    after = dead[len(before) :]
+    once = [*before, dead_letter(place, "record_refused", 98), *after] if first == "record_refused" else dead
+    log = [*once, dead_letter(place, "result_too_large", 99), *after]
+    answered = results if first == "result" else without
+    assert check(inputs, answered, log, Rules(**RULES, repeats=COUNT, refused=True)).problems == ()
 
 
 @pytest.mark.parametrize(

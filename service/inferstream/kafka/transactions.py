@@ -59,7 +59,7 @@ from inferstream.telemetry.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
-LONGEST_SHARE = 1 / 3  # of the transaction's timeout: a tick, and ending it, each
+ENDING_SHARE = 1 / 2  # of the transaction's timeout, for ending it; it is open for a third before
 FENCED_TWICE_WITHIN_S = 60.0  # once may be a request of our own that a broken connection has delayed
 REFUSED_FOR_S = 60.0
 _REFUSED = (
@@ -178,13 +178,17 @@ class Transactions(Sink):
     ) -> dict[Lane, tuple[int, int]]:
         """End the transaction with the offsets of what it holds; see :class:`inferstream.kafka.commit.Settler`."""
         started = time.monotonic()
+        # Only a closing has to be quick: what a tick gives up is sent again, and with slow brokers in vain again.
+        limit_s = self._timeout_s * ENDING_SHARE
+        if epoch.closing:
+            limit_s = min(limit_s, timeout_s)
         try:
-            async with asyncio.timeout(min(timeout_s, self._timeout_s * LONGEST_SHARE)), self._settling:
+            async with asyncio.timeout(limit_s), self._settling:
                 await self.producing.wait()
                 if await self._end(epoch, committed, metadata):
                     self.timeline.span("commit", "commit", started, time.monotonic())
         except TimeoutError:
-            raise CommitFailed(f"not confirmed within {timeout_s:.1f} s") from None
+            raise CommitFailed(f"not confirmed within {limit_s:.1f} s") from None
         except MemberGone as error:
             raise EpochEnded(str(error)) from error
         except _REFUSED as error:

@@ -13,7 +13,7 @@ REBALANCE_SHARE = 0.6  # and both together this share of the rebalance, which ot
 
 # What only exactly-once looks at.
 OF_TRANSACTIONS = ("kafka.transactional_id", "delivery.transaction_timeout_ms")
-TRANSACTION_SHARE = 3  # a tick may take a third of the transaction's timeout, and committing it another
+TRANSACTION_SHARE = 3  # a tick may take a third of the transaction's timeout, and ending it half of it
 
 _PASSWORD_VARIABLE = SETTINGS["kafka.security.password"].variable
 
