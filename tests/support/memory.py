@@ -14,12 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
+from aiokafka.errors import KafkaError
 
 from inferstream.kafka.sink import BATCH_BYTES
 from tests.support.broker import Broker, ContainerKafka, NativeKafka
@@ -123,9 +124,21 @@ class Subject:
             self.source, [(b"%d" % n, value, (), n % self.partitions) for n in range(count)]
         )
 
+    async def answers(self) -> int:
+        """How many there are; waits for a broker that was away until the cluster knows it again."""
+        found: list[int] = []
+
+        async def counted() -> bool:
+            with suppress(KafkaError):
+                found.append(sum((await self.broker.end_offsets(self.target)).values()))
+            return bool(found)
+
+        await self.until(counted, "the broker to answer")
+        return found[0]
+
     async def until_answered(self, count: int) -> None:
         async def answered() -> bool:
-            return sum((await self.broker.end_offsets(self.target)).values()) >= count
+            return await self.answers() >= count
 
         await self.until(answered, f"{count} answers")
 
@@ -208,7 +221,7 @@ async def stopped_broker(broker: Broker, folder: Path) -> Sequence[Growth]:
         await asyncio.sleep(STILL_S)
         frozen = worker.growth("broker frozen (SIGSTOP)")
         thaw(broker)
-        before = sum((await broker.end_offsets(worker.target)).values())
+        before = await worker.answers()
         assert before < WARM + count
         await worker.until_answered(before + 20)
         worker.hold.touch()
