@@ -17,6 +17,7 @@ class Scale:
     least_documents: int
     bfloat16: bool
     pipe_documents: int
+    guarantee_documents: int  # of the real model
     paced_documents: int
     latency_documents: int
     latency_pipe_documents: int
@@ -32,6 +33,7 @@ FULL = Scale(
     least_documents=200,
     bfloat16=True,
     pipe_documents=200_000,
+    guarantee_documents=400,
     paced_documents=150_000,
     latency_documents=5_000,
     latency_pipe_documents=800,
@@ -46,6 +48,7 @@ SHORT = Scale(
     least_documents=200,
     bfloat16=False,
     pipe_documents=40_000,
+    guarantee_documents=100,
     paced_documents=60_000,
     latency_documents=500,
     latency_pipe_documents=200,
