@@ -276,6 +276,19 @@ async def test_end_when_unknown_and_committed_then_nothing_is_sent_again(build: 
     assert await stage.settle() == {stage.lanes[0]: (4, 4)} and stage.broker.commits == 1
 
 
+async def test_end_when_unknown_and_committed_in_a_drain_then_nothing_is_sent_again(build: Build) -> None:
+    stage = await build(once("answer", KafkaConnectionError()))
+    stage.release(0, 4)
+    for lane in stage.lanes:
+        lane.drop(None)  # it is closed for good and keeps what it has
+    with pytest.raises(CommitFailed):
+        await stage.settle()
+    await stage.renewed()
+    assert len(stage.listener.settled) == 4
+    await stage.settle()
+    assert stage.broker.of() == [0, 1, 2, 3] and stage.broker.open == []
+
+
 async def test_end_when_it_takes_too_long_then_it_is_given_up_and_found_out(build: Build) -> None:
     stage = await build()
     producer = stage.transactions.producer
@@ -332,22 +345,46 @@ async def test_slots_when_released_while_a_transaction_ends_then_they_go_into_th
     assert stage.broker.of() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(("records", "refused"), [(20, [7]), (3000, [2500]), (1500, [70, 71, 900])])
 async def test_record_when_it_is_refused_then_only_it_is_a_dead_letter_and_nothing_is_twice(
+    build: Build, records: int, refused: list[int]
+) -> None:
+    values = {b"%d" % n for n in refused}
+
+    def refuse(step: str, what: Any) -> BaseException | None:
+        if step == "send" and what[0] == "out" and not values.isdisjoint(what[1]):
+            return MessageSizeTooLargeError()
+        return None
+
+    stage = await build(refuse)
+    stage.release(0, records)
+    async with asyncio.timeout(DEADLINE_S):
+        await settled_in_the_end(stage, records)
+    assert stage.broker.of() == [n for n in range(records) if n not in refused]
+    assert stage.broker.of("dead") == refused
+    assert stage.failures == []
+    assert len(stage.broker.producers) <= 1 + 20 * len(refused)
+
+
+async def test_batches_when_the_topic_takes_smaller_ones_than_it_said_then_all_come_through(
     build: Build,
 ) -> None:
     def refuse(step: str, what: Any) -> BaseException | None:
-        return MessageSizeTooLargeError() if step == "send" and what[0] == "out" and b"7" in what[1] else None
+        return MessageSizeTooLargeError() if step == "send" and len(what[1]) > 100 else None
 
     stage = await build(refuse)
-    stage.release(0, 20)
+    stage.release(0, 2000)
     async with asyncio.timeout(DEADLINE_S):
-        while stage.committed[stage.lanes[0]] < 20:
-            try:
-                await stage.settle()
-            except CommitFailed:
-                await stage.renewed()
-    assert stage.broker.of() == [n for n in range(20) if n != 7] and stage.broker.of("dead") == [7]
-    assert stage.failures == []
+        await settled_in_the_end(stage, 2000)
+    assert stage.broker.of() == list(range(2000)) and stage.broker.of("dead") == []
+
+
+async def settled_in_the_end(stage: Stage, count: int) -> None:
+    while stage.committed[stage.lanes[0]] < count:
+        try:
+            await stage.settle()
+        except CommitFailed:
+            await stage.renewed()
 
 
 @pytest.mark.parametrize("how", ["check", "broker"])

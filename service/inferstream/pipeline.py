@@ -146,7 +146,9 @@ class Pipeline:
         self.unprepared += len(records)
         self._metrics.records_consumed(lane.topic, len(records))
         now_ms = time.time() * 1000
-        self._metrics.record_ages([(now_ms - record.timestamp) / 1000 for record in records])
+        self._metrics.record_ages(
+            [(now_ms - record.timestamp) / 1000 for record in records if record.timestamp >= 0]
+        )
 
     def condemn(self, lane: Lane, record: Any) -> None:
         """Give a record its dead letter unseen: it killed the process."""
@@ -345,7 +347,8 @@ class Pipeline:
         for slot in slots:
             if slot.state == DROPPED:
                 continue
-            ages.append((now_ms - slot.record.timestamp) / 1000)
+            if slot.record.timestamp >= 0:
+                ages.append((now_ms - slot.record.timestamp) / 1000)
             lane = slot.lane
             lane.acknowledge(slot)
             back = given.get(lane)

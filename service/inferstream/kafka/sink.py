@@ -4,8 +4,12 @@ Each sender keeps one batch on the way and collects the next behind it, so what 
 order.  The producer is idempotent; after an error that it does not retry itself its sequence numbers have a
 hole and the broker would refuse every later batch of that partition, so the producer is thrown away: release
 stops, the healthy batches are awaited, a new producer is made, and what is not acknowledged is sent again in
-order.  A refused batch of several records is halved until it is taken or the refused record is alone; what is
-sent after it stays as small for a while, because under exactly-once all of it is sent again and again from the start.
+order.
+
+A refused batch of several records is halved until the refused record is alone.  Each of its records remembers, until
+its fate is settled, how large a batch with it may be: under exactly-once all is sent again from the start after each
+refusal, and what has found its size must not be made into the refused batch again.  A batch with a refused record
+is at most half of the last one with it, so the record is alone after at most 19 refusals.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -34,13 +38,12 @@ from aiokafka.partitioner import murmur2
 from inferstream.documents import Kind, Outgoing
 from inferstream.errors import KafkaRefused
 from inferstream.kafka.connection import stop_client
-from inferstream.lanes import DROPPED, Lane, Slot
+from inferstream.lanes import DROPPED, RELEASED, Lane, Slot
 from inferstream.telemetry.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 512 * 1024  # what one request to one partition carries at most
-GROWS_AFTER = 64  # batches that were taken, and the limit of several records in one is doubled again
 BATCH_OVERHEAD = 256  # batch header and what compression may add to a batch that does not compress
 REFUSED_FOR_S = 60.0
 ERROR_BACKOFF_S = 0.5
@@ -85,8 +88,8 @@ class Sender:
         self._partition = partition
         self.queue: deque[Slot] = deque()
         self.sending = 0  # how many at the head of the queue are with the producer
-        self._most_bytes = BATCH_BYTES  # in a batch of several records; half of one that was refused
-        self._taken = 0  # how many batches in a row were taken since that last changed
+        # Of the records of refused batches: how large a batch of this one and others may be.
+        self._limits: dict[Slot, int] = {}
         self._suspect: Slot | None = None  # the record that was refused alone
         self._strikes = 0  # how often
         self._refused_since: float | None = None  # since when a right or the topic is missing
@@ -137,14 +140,19 @@ class Sender:
     async def _send(self) -> None:
         producer = self._sink.producer
         batch = producer.create_batch()
-        limit = min(self._most_bytes, self._topic.max_message_bytes - BATCH_OVERHEAD)
+        limit = min(BATCH_BYTES, self._topic.max_message_bytes - BATCH_OVERHEAD)
+        if self._limits:
+            self._limits = {slot: most for slot, most in self._limits.items() if slot.state == RELEASED}
+        limits = self._limits
         now = int(time.time() * 1000)  # a record's timestamp is its production time
         size = count = 0
         for slot in self.queue:
             outgoing = slot.outcome
             assert outgoing is not None  # it was released and is not acknowledged
             grown = size + outgoing.size
-            if count and (grown > limit or slot is self._suspect):
+            if slot in limits:
+                limit = min(limit, limits[slot])
+            if count and grown > limit:
                 break
             taken = batch.append(
                 timestamp=now, key=outgoing.key, value=outgoing.value, headers=list(outgoing.headers)
@@ -168,10 +176,9 @@ class Sender:
         else:
             self._sink.timeline.span(self._track, "publish", started, time.monotonic(), records=count)
             sent = [self.queue.popleft() for _ in range(count)]
+            self._refused_since = None
             if sent[0] is self._suspect:
                 self._suspect = None
-            self._grow()
-            self._refused_since = None
             self._sink.acknowledged(sent)
         finally:
             self.sending = 0
@@ -180,13 +187,6 @@ class Sender:
             self._sink.withdraw_from(self)  # what failed for an ended epoch is not sent again
         if later:
             await asyncio.sleep(ERROR_BACKOFF_S)
-
-    def _grow(self) -> None:
-        """Note that a batch was taken; after some of them the next may be larger again."""
-        self._taken += 1
-        if self._taken >= GROWS_AFTER and self._most_bytes < BATCH_BYTES:
-            self._most_bytes = min(2 * self._most_bytes, BATCH_BYTES)
-            self._taken = 0
 
     def _failed(self, error: KafkaError, count: int, size: int) -> bool:
         """Decide what is sent next; True if it is the same again, which deserves some time."""
@@ -200,15 +200,16 @@ class Sender:
             return True
         if count > 1:
             log.warning("a batch was refused; splitting it", extra={"to": where, "records": count})
-            self._most_bytes = size // 2
-            self._taken = 0
+            self._limits |= dict.fromkeys(islice(self.queue, count), size // 2)
             return False
         if self.queue[0] is not self._suspect:
             self._suspect = self.queue[0]
             self._strikes = 0
         self._strikes += 1
+        self._limits[self._suspect] = 0
         if self._strikes < (UNKNOWN_ERROR_STRIKES if isinstance(error, UnknownError) else 1):
             return True
+        del self._limits[self._suspect]
         self._suspect = None
         if self._sink.reroute(self.queue[0], error):
             self.queue.popleft()

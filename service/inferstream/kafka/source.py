@@ -89,6 +89,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         self.settler: Settler = self._committer  # under exactly-once, the transactions
         self._epoch: Epoch | None = None
         self._closing_epoch: Epoch | None = None
+        self._closing_until = 0.0
         self._suspended: Suspended | None = None
         self._epochs = 0
         self._metadata: dict[str, str] = {}  # what the commits of a topic note where there is progress
@@ -259,8 +260,8 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
                 "the oldest record, or reset the group's offsets"
             )
         epoch = self._epoch
-        if epoch is None:
-            return
+        if epoch is None or not epoch.gate.is_set():
+            return  # the answer is of the epoch before; if it is still so, the next poll says it again
         try:
             found = await self.consumer.beginning_offsets(list(offsets))
         except KafkaError as unknown:  # the poll comes upon it again
@@ -270,7 +271,8 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         for tp, beginning in found.items():
             if epoch is not self._epoch or epoch.closing:
                 return
-            lane = epoch.lanes[tp]
+            if (lane := epoch.lanes.get(tp)) is None:
+                continue
             log.error(
                 "records were lost before they were processed",
                 extra={"topic": tp.topic, "partition": tp.partition, "from": offsets[tp], "to": beginning},
@@ -541,6 +543,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
                 log.warning("the group went on without this member; its work in flight is dropped")
                 return False
             self._closing_epoch = epoch  # ticks go on: release may be waiting for a commit
+            self._closing_until = deadline
             clean = await self._intake.close_lanes(
                 lanes, timeout_s * (1 - COMMIT_RESERVE_S), for_good=for_good
             )
@@ -574,7 +577,10 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         epoch = self._closing_epoch or self._epoch
         if epoch is None or not epoch.gate.is_set():
             return True
-        return await self._settle(epoch, self._commit_timeout_s)
+        timeout_s = self._commit_timeout_s
+        if epoch is self._closing_epoch:  # a drain has more time, and what is cut off is sent again in vain
+            timeout_s = max(timeout_s, self._closing_until - time.monotonic())
+        return await self._settle(epoch, timeout_s)
 
     async def _settle(self, epoch: Epoch, timeout_s: float) -> bool:
         try:

@@ -69,6 +69,10 @@ class Ticks:
         """The next offset of each lane that has slots inside: what the transaction commits with them."""
         return {slot.lane: slot.offset + 1 for slot in self._inside}
 
+    def alive(self) -> set[Lane]:
+        """The lanes that wait for what is inside: not those that all of it was dropped of."""
+        return {slot.lane for slot in self._inside if slot.state != DROPPED}
+
     def committed(self) -> list[Slot]:
         """The transaction is known to be committed; gives its slots, in order."""
         if not self.closed or self._unpublished:

@@ -344,12 +344,13 @@ class Transactions(Sink):
         """Whether the group's offsets are those of the transaction, or past them.
 
         All of them: a partition that was given away since may have been moved on by its new owner, one that comes
-        back to us can only have been moved by the transaction.  Those that did not come back do not matter.
+        back to us can only have been moved by the transaction.  Those that nothing is kept of do not matter.
         """
+        alive = self._ticks.alive()
         sent = {
             TopicPartition(lane.topic, lane.partition): offset
             for lane, offset in offsets.items()
-            if not lane.closed
+            if lane in alive
         }
         found = await self.producer.stable_offsets(self._group_id, sent) if sent else {}
         committed = bool(sent) and all(
