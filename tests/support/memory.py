@@ -32,7 +32,7 @@ DEADLINE_S = 90.0
 WARM = 200  # small documents that come before the baseline
 STILL_S = 1.5  # how long what is stopped stays so, once the worker has taken all it takes
 STEADY_S = 1.0  # unchanged for so long: it has
-CONSTANT = 48 * MIB
+CONSTANT = 16 * MIB
 """What a process may grow by beside its bound: docs/delivery.md says what is in it."""
 
 # Small, so that what is not bounded by them shows.
