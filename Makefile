@@ -129,7 +129,7 @@ test-image: setup ## the image, built with the extra demo and run as it would be
 fuzz: setup ## 1,000,000 generated records, each with exactly one outcome (FUZZ_ARGS='--records 30000 --seed 7')
 	@$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
-faults: setup ## the fault matrix: 200 faults on a real Apache Kafka (up to 90 minutes; needs Java and Maven)
+faults: setup ## the fault matrix: 200 faults on a real Apache Kafka (half an hour; needs Java and Maven)
 	@$(BIN)/python -m tests.faults $(FAULTS_ARGS)
 
 check: setup ## format, lint, types
