@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from benchmarks.documents import Corpus, records
 from benchmarks.machine import cpu_seconds
+from benchmarks.report import number, table
 from tests.support.broker import Broker, BrokerUnavailable, NativeKafka, create_broker
 from tests.support.client import unique
 from tests.support.processes import kill_group, spawn
@@ -53,6 +55,22 @@ class Round:
     @property
     def rate(self) -> float:
         return self.documents / self.seconds
+
+
+def rounds_table(title: str, rounds: Mapping[str, Sequence[Round]]) -> str:
+    """The Markdown table of contestants: medians of their rounds, CPU times in microseconds per document."""
+    rows = [
+        [
+            name,
+            number(statistics.median(r.rate for r in done)),
+            f"{number(min(r.rate for r in done))} – {number(max(r.rate for r in done))}",
+            number(statistics.median(r.worker_cpu_s / r.documents for r in done) * 1e6),
+            number(statistics.median(r.broker_cpu_s / r.documents for r in done) * 1e6),
+        ]
+        for name, done in rounds.items()
+    ]
+    head = [title, "documents/s", "lowest – highest", "its CPU µs/document", "broker's CPU µs/document"]
+    return table(head, rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ that is when its results are visible, and under at-least-once nothing earlier te
 from __future__ import annotations
 
 import asyncio
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,9 +15,9 @@ from dataclasses import asdict
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
-from benchmarks.arena import PARTITIONS, ROUND_S, SETTLE_S, Arena, Contestant, Ours, Round
+from benchmarks.arena import PARTITIONS, ROUND_S, SETTLE_S, Arena, Contestant, Ours, Round, rounds_table
 from benchmarks.machine import cpu_seconds
-from benchmarks.report import Goal, Section, median_ratio, number, table
+from benchmarks.report import Goal, Section, median_ratio
 from benchmarks.scale import MODEL, Scale
 
 HASH = "builtin:hash"
@@ -35,18 +34,7 @@ async def run(arena: Arena, scale: Scale) -> Section:
         rounds = await _rounds(arena, scale.rounds, model, documents)
         ratio = median_ratio([r.rate for r in rounds[EXACTLY_ONCE]], [r.rate for r in rounds[AT_LEAST_ONCE]])
         section.goals.append(Goal(f"{EXACTLY_ONCE} / {AT_LEAST_ONCE}, {name}", ratio, GOAL, True))
-        rows = [
-            [
-                guarantee,
-                number(statistics.median(r.rate for r in done)),
-                f"{number(min(r.rate for r in done))} – {number(max(r.rate for r in done))}",
-                number(statistics.median(r.worker_cpu_s / r.documents for r in done) * 1e6),
-                number(statistics.median(r.broker_cpu_s / r.documents for r in done) * 1e6),
-            ]
-            for guarantee, done in rounds.items()
-        ]
-        head = [name, "documents/s", "lowest – highest", "its CPU µs/document", "broker's CPU µs/document"]
-        section.text += [table(head, rows), f"{documents:,} documents a round."]
+        section.text += [rounds_table(name, rounds), f"{documents:,} documents a round."]
         section.data[model] = {
             "ratio": ratio,
             "rounds": {guarantee: [asdict(r) for r in done] for guarantee, done in rounds.items()},

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 from dataclasses import asdict
 
-from benchmarks.arena import SETTLE_S, Arena, Contestant, Ours, Round, Script
-from benchmarks.report import Goal, Section, median_ratio, number, table
+from benchmarks.arena import SETTLE_S, Arena, Contestant, Ours, Round, Script, rounds_table
+from benchmarks.report import Goal, Section, median_ratio
 from benchmarks.scale import Scale
 
 HASH = {"model": {"id": "builtin:hash"}}
@@ -39,19 +38,8 @@ async def run(arena: Arena, scale: Scale) -> Section:
     section = Section(
         "The pipe: builtin:hash from Kafka to Kafka", [Goal(f"{OURS} / {SMALLEST}", ratio, GOAL, True)]
     )
-    rows = [
-        [
-            name,
-            number(statistics.median(r.rate for r in done)),
-            f"{number(min(r.rate for r in done))} – {number(max(r.rate for r in done))}",
-            number(statistics.median(r.worker_cpu_s / r.documents for r in done) * 1e6),
-            number(statistics.median(r.broker_cpu_s / r.documents for r in done) * 1e6),
-        ]
-        for name, done in rounds.items()
-    ]
-    head = ["", "documents/s", "lowest – highest", "its CPU µs/document", "broker's CPU µs/document"]
     section.text += [
-        table(head, rows),
+        rounds_table("", rounds),
         f"{len(texts):,} documents a round. The smallest loop writes the same results with `getmany`, "
         "`orjson.loads`, the same vector, `orjson.dumps`, `send_batch` and `commit`: no validation, no bounds, no dead "
         "letters, one poll after the other.",

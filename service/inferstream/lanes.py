@@ -250,8 +250,10 @@ class Lane:
         The others stay, for :meth:`resume` or :meth:`drop`.
         """
         self._require_alive()
-        rest = keep is not None and keep < len(self._held)
-        self.fence = self._held[keep].offset if rest and keep is not None else self.position
+        if keep is None or keep >= len(self._held):
+            self.fence = self.position
+        else:
+            self.fence = self._held[keep].offset
 
     def suspend(self) -> None:
         """Release nothing more until :meth:`resume`; what is completed meanwhile waits in its slot."""

@@ -58,8 +58,6 @@ FIRST_ATTEMPT_S = (
 )
 TOPIC_RESOURCE = 2
 
-unpacking.install()
-
 
 @dataclass(frozen=True, slots=True)
 class TopicFacts:
@@ -79,6 +77,7 @@ def client_options(kafka: Kafka) -> dict[str, Any]:
     """The keyword arguments that consumer, producer and client have in common."""
     require_fast_client()
     renewal.install()
+    unpacking.install()
     if not kafka.bootstrap_servers:
         raise SettingsError("kafka.bootstrap_servers is not set: give HOST:PORT of one of the brokers")
     if kafka.bootstrap_servers == ["embedded"]:
