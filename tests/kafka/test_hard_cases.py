@@ -9,6 +9,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,9 @@ class Devourer:
     def lost(self, topic: str, count: int) -> None: ...
 
 
-@pytest.fixture
-async def devouring(kafka: Kafka) -> AsyncIterator[tuple[Source, Devourer, str, str]]:
-    """A source that runs in this process, its intake, its topic and its group."""
-    topic, target, group = await make_topics(kafka, "devoured", 0)
+@asynccontextmanager
+async def devour(kafka: Kafka, topic: str, target: str, group: str) -> AsyncIterator[tuple[Source, Devourer]]:
+    """A source that runs in this process, and its intake."""
     flags = {
         "kafka.bootstrap_servers": [kafka.bootstrap],
         "kafka.group_id": group,
@@ -126,9 +126,19 @@ async def devouring(kafka: Kafka) -> AsyncIterator[tuple[Source, Devourer, str, 
     await source.start()
     source.subscribe()
     intake.polling = asyncio.create_task(source.run())
-    yield source, intake, topic, group
-    intake.polling.cancel()
-    await source.stop(5)
+    try:
+        yield source, intake
+    finally:
+        intake.polling.cancel()
+        await source.stop(5)
+
+
+@pytest.fixture
+async def devouring(kafka: Kafka) -> AsyncIterator[tuple[Source, Devourer, str, str]]:
+    """A source that runs in this process, its intake, its topic and its group."""
+    topic, target, group = await make_topics(kafka, "devoured", 0)
+    async with devour(kafka, topic, target, group) as (source, intake):
+        yield source, intake, topic, group
 
 
 Devouring = tuple[Source, Devourer, str, str]
@@ -209,6 +219,37 @@ async def test_documents_when_they_outlast_many_rebalances_then_they_are_kept_an
     partitions = [TopicPartition(topic, lane.partition) for lane in lanes]
     offsets = await source.settler.offsets(partitions, [])
     assert {Note.parse(entry.metadata).attempts for entry in offsets.values()} <= {0, 1}
+
+
+async def test_documents_when_they_go_one_at_a_time_then_an_orderly_end_leaves_none_of_them_named(
+    kafka: Kafka,
+) -> None:
+    topic, target, group = await make_topics(kafka, "named", 200)
+    partitions = [TopicPartition(topic, partition) for partition in await kafka.end_offsets(topic)]
+    found = f"partitions={len(partitions)};attempts=3"
+    async with AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap, group_id=group) as dead:
+        dead.assign(partitions)
+        await dead.commit(dict.fromkeys(partitions, (0, found)))
+
+    async with devour(kafka, topic, target, group) as (source, intake):
+        intake.finishes = False
+        epochs = []
+        for _ in range(2):
+
+            async def one_is_named() -> bool:
+                notes = [Note.parse(note) for _, note in (await kafka.commits(group, topic)).values()]
+                epoch = source._epoch
+                new = epoch is not None and epoch not in epochs and epoch.gate.is_set()
+                return new and [note.suspect for note in notes if note.suspect is not None] == [0]
+
+            await until(one_is_named, 30, "a document to be named")
+            assert source._epoch is not None and source._epoch.caution is not None
+            assert source._epoch.condemned == {}, "nothing died of what was named in the epoch before"
+            epochs.append(source._epoch)
+            if len(epochs) == 1:
+                source.consumer._coordinator.request_rejoin()
+        assert not await source.drain(1), "the named one was not finished"
+        assert set((await kafka.commits(group, topic)).values()) == {(0, found)}
 
 
 @pytest.mark.parametrize("first", ["drain", "rebalance"])

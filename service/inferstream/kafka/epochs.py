@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from inferstream.kafka.caution import Caution
+from inferstream.kafka.notes import Note
 from inferstream.lanes import Lane
 
 
@@ -55,7 +56,8 @@ class Epoch:
 
     ``gate`` opens when every lane has its start offset and that offset is committed; before, nothing is
     admitted.  ``closing`` means that nothing more is admitted.  ``resuming`` are the partitions whose lanes come
-    from the epoch before; they are suspended until the gate opens.
+    from the epoch before; they are suspended until the gate opens.  ``noted`` are those whose commits say that a
+    process may be dying of them, with what they are to say instead if the epoch ends in order before they move.
     """
 
     number: int
@@ -64,9 +66,7 @@ class Epoch:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     closing: bool = False
     resuming: set[TopicPartition] = field(default_factory=set)
-    noted: set[TopicPartition] = field(
-        default_factory=set
-    )  # whose commits say that a process may be dying of them
+    noted: dict[TopicPartition, Note] = field(default_factory=dict)
     condemned: dict[TopicPartition, int] = field(default_factory=dict)
     caution: Caution | None = None
     opener: asyncio.Task[None] | None = None

@@ -215,6 +215,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             return
         record = fetched[tp][0]
         name = str(replace(self._notes[tp], suspect=record.offset))
+        epoch.noted.setdefault(tp, Note(self._notes[tp].partitions))  # an orderly end takes the name away
         try:
             await self._committer.commit(epoch, {tp: (record.offset, name)}, self._commit_timeout_s)
         except (EpochEnded, CommitFailed) as error:
@@ -222,7 +223,6 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             self._put_back(fetched)
             await asyncio.sleep(ERROR_BACKOFF_S)
             return
-        epoch.noted.add(tp)
         self._committed[lane] = record.offset
         if epoch is not self._epoch or epoch.closing:
             self._put_back(fetched)
@@ -409,7 +409,11 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         verdict = judge(opening.notes, lagging, self._settings.delivery.max_crash_attempts)
         self._notes = verdict.notes
         self._metadata |= {tp.topic: str(Note(note.partitions)) for tp, note in verdict.notes.items()}
-        epoch.noted = {tp for tp, note in verdict.notes.items() if note.attempts or note.suspect is not None}
+        epoch.noted = {
+            tp: opening.notes[tp]
+            for tp, note in verdict.notes.items()
+            if note.attempts or note.suspect is not None
+        }
         epoch.condemned = verdict.condemned
         alone = {tp: killer + 1 for tp, killer in verdict.condemned.items()}
         alone |= {tp: opening.ends[tp] for tp in verdict.suspected}
@@ -532,9 +536,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         self._closed.clear()
         try:
             if not epoch.gate.is_set():
-                await self._clear_notes(
-                    epoch, epoch.noted - epoch.resuming, timeout_s
-                )  # nothing was admitted
+                await self._restore_notes(epoch, timeout_s)
                 if not for_good:
                     kept = {tp: epoch.lanes[tp] for tp in epoch.resuming}  # they were ours in this epoch, too
                 return True
@@ -548,13 +550,13 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
                 lanes, timeout_s * (1 - COMMIT_RESERVE_S), for_good=for_good
             )
             self._closing_epoch = None
-            finished = {tp for tp in epoch.noted if not len(epoch.lanes[tp])}
             if for_good:
                 self._intake.drop_lanes(lanes)
             else:
                 self._intake.suspend_lanes(lanes)
             settled = await self._settle(epoch, max(0.1, deadline - time.monotonic()))
-            await self._clear_notes(epoch, finished & epoch.noted, max(0.1, deadline - time.monotonic()))
+            if settled:  # else the offsets may have moved further than we know
+                await self._restore_notes(epoch, max(0.1, deadline - time.monotonic()))
             if not for_good:
                 kept = dict(epoch.lanes)
                 log.info("suspended", extra={"documents": sum(map(len, lanes))})
@@ -603,14 +605,16 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             if lane in self._committed:
                 self._committed[lane] = offset
             self._intake.committed(lane, settled)
-            epoch.noted.discard(TopicPartition(lane.topic, lane.partition))
+            epoch.noted.pop(TopicPartition(lane.topic, lane.partition), None)
         return True
 
-    async def _clear_notes(
-        self, epoch: Epoch, finished: Collection[TopicPartition], timeout_s: float
-    ) -> None:
-        """Take the notes off partitions that come to an orderly end without having moved."""
-        offsets = {tp: (epoch.lanes[tp].watermark, self._metadata[tp.topic]) for tp in finished}
+    async def _restore_notes(self, epoch: Epoch, timeout_s: float) -> None:
+        """Let partitions that did not move say what they said before: an orderly end is nobody's attempt."""
+        offsets = {
+            tp: (self._committed[epoch.lanes[tp]], str(note))
+            for tp, note in epoch.noted.items()
+            if tp not in epoch.resuming
+        }
         try:
             await self._committer.commit(epoch, offsets, timeout_s)
         except (EpochEnded, CommitFailed) as error:
