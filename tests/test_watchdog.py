@@ -35,6 +35,7 @@ class World:
     credit: int = 10
     last_admitted: float = 1000.0
     rebalancing: bool = False
+    cautious: bool = False
     broker_answers: bool = True
     busy_since: float | None = None
     tasks: dict[str, Any] = field(default_factory=dict)
@@ -110,7 +111,11 @@ def broker_away(world: World) -> None:
     world.broker_answers = False
 
 
-@pytest.mark.parametrize("excuse", [nothing_to_read, no_credit, rebalance, broker_away])
+def one_at_a_time(world: World) -> None:
+    world.cautious = True
+
+
+@pytest.mark.parametrize("excuse", [nothing_to_read, no_credit, rebalance, broker_away, one_at_a_time])
 async def test_watchdog_when_there_is_an_excuse_then_it_waits(
     world: World, excuse: Callable[[World], None]
 ) -> None:

@@ -104,11 +104,14 @@ class Watchdog:
             )
 
     async def _records_move(self) -> None:
-        """Judged only when records wait, credit is free, the broker answers and no rebalance runs."""
+        """Judged only when records wait to be read: there is credit, the broker answers, and nothing holds them back.
+
+        A rebalance does, and so does one document that has to end before the next is read.
+        """
         now = time.monotonic()
         lanes = self._source.lanes
         eligible, limit = self._pipeline.credit.poll_limit(lanes) if lanes else ((), 0)
-        if self._source.rebalancing or not eligible or limit <= 0:
+        if self._source.rebalancing or self._source.cautious or not eligible or limit <= 0:
             self._waiting_since = None
             return
         if now - self._source.last_admitted < NO_PROGRESS_S:

@@ -221,8 +221,9 @@ async def test_documents_when_they_outlast_many_rebalances_then_they_are_kept_an
     assert {Note.parse(entry.metadata).attempts for entry in offsets.values()} <= {0, 1}
 
 
+@pytest.mark.parametrize("end", ["drain", "refused by Kafka"])
 async def test_documents_when_they_go_one_at_a_time_then_an_orderly_end_leaves_none_of_them_named(
-    kafka: Kafka,
+    kafka: Kafka, end: str
 ) -> None:
     topic, target, group = await make_topics(kafka, "named", 200)
     partitions = [TopicPartition(topic, partition) for partition in await kafka.end_offsets(topic)]
@@ -248,8 +249,31 @@ async def test_documents_when_they_go_one_at_a_time_then_an_orderly_end_leaves_n
             epochs.append(source._epoch)
             if len(epochs) == 1:
                 source.consumer._coordinator.request_rejoin()
-        assert not await source.drain(1), "the named one was not finished"
+        if end == "drain":
+            assert not await source.drain(1), "the named one was not finished"
+        else:
+            await source.acquit(5)
         assert set((await kafka.commits(group, topic)).values()) == {(0, found)}
+
+
+async def test_batch_when_it_cannot_be_read_then_the_log_says_which_and_not_at_every_poll(
+    kafka: Kafka, devouring: Devouring, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, _, topic, _ = devouring
+    polls = 0
+
+    async def corrupt() -> None:
+        nonlocal polls
+        polls += 1
+        raise CorruptRecordException(f"Invalid CRC - {TopicPartition(topic, 1)}")
+
+    async def polled() -> bool:
+        return polls >= 3
+
+    monkeypatch.setattr(source, "_poll", corrupt)
+    await until(polled, 30, "a few polls")
+    said = [vars(record)["error"] for record in caplog.records if "cannot be read" in record.message]
+    assert len(said) == 1 and f"topic='{topic}', partition=1" in said[0]
 
 
 @pytest.mark.parametrize("first", ["drain", "rebalance"])

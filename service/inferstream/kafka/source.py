@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.errors import (
+    CorruptRecordException,
     IllegalStateError,
     KafkaError,
     NoOffsetForPartitionError,
@@ -51,6 +53,7 @@ ERROR_BACKOFF_S = 0.5
 MAX_EVICTIONS = 3  # one may be an administrator's doing
 COMMIT_RESERVE_S = 0.25  # the share of the revoke's time that is kept for its commit
 NEVER_COMMITTED = -1
+COMPLAIN_S = 60.0  # how often a partition that cannot be read is said to stand still
 _NEVER_MS = 24 * 3600 * 1000
 
 
@@ -103,6 +106,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         self._refusals = Refusals(kafka, entry.topics)
         self._assigned_at = 0.0
         self._evictions = 0  # in a row, each sooner than a session can end
+        self._complained_at = -math.inf  # of a batch that cannot be read
         self.rebalancing = False
         self.last_admitted = time.monotonic()
 
@@ -124,6 +128,11 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         epoch = self._epoch
         return list(epoch.lanes.values()) if epoch is not None and epoch.gate.is_set() else []
 
+    @property
+    def cautious(self) -> bool:
+        """Whether documents go one at a time; see ``caution.py``."""
+        return self._epoch is not None and self._epoch.caution is not None
+
     def failures(self) -> asyncio.Future[None]:
         """Ends with the error that ends the process."""
         return self._lost
@@ -138,6 +147,15 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
                 await asyncio.sleep(0)  # getmany does not suspend while records are at hand
             except OffsetOutOfRangeError as error:
                 await self._out_of_range(error)
+            except CorruptRecordException as error:
+                if time.monotonic() - self._complained_at > COMPLAIN_S:
+                    self._complained_at = time.monotonic()
+                    log.error(
+                        "a record batch cannot be read, and its partition stands still; if it stays so, move the "
+                        "group's offset past it",
+                        extra={"error": repr(error)},
+                    )
+                await asyncio.sleep(ERROR_BACKOFF_S)
             except NoOffsetForPartitionError:
                 continue  # raised for a partition that the epoch's opener is about to seek
             except IllegalStateError:
@@ -282,6 +300,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             if beginning < lane.position:  # the topic was made anew, or its log cut: a lane cannot go back
                 self._intake.drop_lanes([lane])
                 del self._committed[lane]
+                epoch.caution = None  # the documents that it was about are not there any more
                 lane = epoch.lanes[tp] = self._make_lane(tp, epoch.number, beginning)
                 self._committed[lane] = NEVER_COMMITTED
                 self._intake.open_lane(lane)
@@ -503,6 +522,16 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
             return True
         left_s = deadline - time.monotonic()
         return await self._close(epoch, left_s, for_good=True) and not self._hurried
+
+    async def acquit(self, timeout_s: float) -> None:
+        """The process ends, and not of a document: nothing is admitted any more, and no attempt is noted."""
+        epoch = self._epoch
+        if epoch is None or epoch.closing or not epoch.gate.is_set():
+            return
+        epoch.closing = True
+        deadline = time.monotonic() + timeout_s
+        if await self._settle(epoch, timeout_s / 2):
+            await self._restore_notes(epoch, max(0.1, deadline - time.monotonic()))
 
     async def _hurry_drain(self) -> None:
         """Give a drain that a rebalance meets the time of a revoke.
