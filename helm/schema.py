@@ -124,6 +124,7 @@ RULES: dict[str, dict[str, Any]] = (
         "model.download.pullPolicy": PULL_POLICY,
         "model.download.extraArgs": {"type": "array", "items": {"type": "string"}},
         "model.download.resources": ANY_OBJECT,
+        "gpu.count": POSITIVE,
         "gpu.resourceName": {"type": "string", "pattern": r"^[a-z0-9.-]+/[a-zA-Z0-9._-]+$"},
         "gpu.runtimeClassName": OBJECT_NAME,
         "resources": {

@@ -78,6 +78,17 @@ def container(pod: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(found)
 
 
+def pods_of(objects: Objects) -> list[dict[str, Any]]:
+    """The specifications of all pods: the worker's, the Job's, those of `helm test`."""
+    templates = [objects.workload["spec"]["template"], *objects.of("Pod")]
+    templates += [job["spec"]["template"] for job in objects.of("Job")]
+    return [template["spec"] for template in templates]
+
+
+def containers_of(objects: Objects) -> list[dict[str, Any]]:
+    return [each for pod in pods_of(objects) for each in (*pod.get("initContainers", ()), *pod["containers"])]
+
+
 def env_of(worker: Mapping[str, Any]) -> dict[str, Any]:
     """Name → value, or valueFrom."""
     return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in worker["env"]}

@@ -10,13 +10,29 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helm.chart import CHART, MATRIX, Objects, container, env_of, is_hook, render, run_helm
+from tests.helm.chart import (
+    CHART,
+    MATRIX,
+    Objects,
+    container,
+    containers_of,
+    env_of,
+    is_hook,
+    pods_of,
+    refusal,
+    render,
+    run_helm,
+)
 
 KEDA = "keda: {enabled: true, maxReplicaCount: 8}"
 SASL = """
 config: {kafka: {security: {protocol: SASL_SSL, mechanism: SCRAM-SHA-256, username: worker}}}
 secrets: {kafka: {sasl: {existingSecret: kafka}, ca: {existingSecret: authorities, key: ca.pem}}}
 """
+
+
+def policies_of(objects: Objects, name: str) -> list[dict[str, Any]]:
+    return [policy for policy in objects.of("NetworkPolicy") if policy["metadata"]["name"] == name]
 
 
 def volume(objects: Objects, name: str) -> dict[str, Any]:
@@ -58,6 +74,76 @@ def test_notes_when_pods_of_several_nodes_need_one_claim_then_they_warn() -> Non
     assert "WARNING: the claim x-inferstream-models is ReadWriteOnce" in notes(*shared)
     assert "WARNING" not in notes(*shared, "--set=model.storage.claim.accessModes={ReadWriteMany}")
     assert "WARNING" not in notes(*shared, "--set=workload.kind=StatefulSet")
+
+
+@pytest.mark.parametrize(
+    ("values", "warned"),
+    [
+        ("gpu: {enabled: true}", True),
+        ("{gpu: {enabled: true}, resources: {requests: {cpu: 3500m}, limits: {cpu: 8}}}", True),
+        ("{gpu: {enabled: true}, resources: {requests: {cpu: null}, limits: {cpu: null}}}", True),
+        ("{gpu: {enabled: true}, resources: {requests: {cpu: null}, limits: {cpu: 4}}}", False),
+        ("{gpu: {enabled: true}, resources: {requests: {cpu: 4000m}, limits: {cpu: 8}}}", False),
+        ("gpu: {enabled: false}", False),
+    ],
+)
+def test_notes_when_a_gpu_has_few_cores_beside_it_then_they_warn(
+    values: str, warned: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "values.yaml"
+    file.write_text(values)
+
+    said = notes(f"--values={MATRIX['minimal']}", f"--values={file}")
+
+    assert ("WARNING: a worker asks for a GPU" in said) == warned
+
+
+# ---- the environment
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_environment_when_its_own_names_are_given_then_each_is_there_once_and_as_given(name: str) -> None:
+    values = yaml.safe_load(MATRIX[name].read_text())
+    own = {name for each in containers_of(render(values, base={})) for name in names_of(each)}
+    own.discard("INFERSTREAM_KAFKA__GROUP_INSTANCE_ID")  # one for all pods would be none
+    mine = {"secretKeyRef": {"name": "{{ .Release.Name }}-mine", "key": "a"}}
+    given = [{"name": name, "valueFrom": mine} for name in sorted(own)]
+
+    objects = render({"extraEnv": given, "model": {"download": {"env": given}}}, base=values)
+
+    assert {"HOME", "HF_HOME"} <= {each["name"] for each in given}
+    for each in containers_of(objects):
+        names = names_of(each)
+        assert len(names) == len(set(names)), f"{each['name']}: {names}"
+        if each["name"] in ("inferstream", "topics"):
+            for own_name in own.intersection(names):
+                assert env_of(each)[own_name] == {"secretKeyRef": {"name": "x-mine", "key": "a"}}
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_environment_when_rendered_then_no_name_is_there_twice(name: str) -> None:
+    for each in containers_of(render(yaml.safe_load(MATRIX[name].read_text()), base={})):
+        assert len(names_of(each)) == len(set(names_of(each)))
+
+
+def names_of(each: dict[str, Any]) -> list[str]:
+    return [entry["name"] for entry in each.get("env", ())]
+
+
+def test_environment_when_a_members_name_is_given_then_what_is_made_of_it_follows_it() -> None:
+    names = names_of(
+        render(
+            "{workload: {kind: StatefulSet}, config: {delivery: {guarantee: exactly-once}}}",
+            "extraEnv: [{name: POD, value: a}, {name: INFERSTREAM_KAFKA__GROUP_INSTANCE_ID, value: b-$(POD)}]",
+        ).worker
+    )
+
+    # Kubernetes puts in only what stands before.
+    assert names[-3:] == [
+        "POD",
+        "INFERSTREAM_KAFKA__GROUP_INSTANCE_ID",
+        "INFERSTREAM_KAFKA__TRANSACTIONAL_ID",
+    ]
 
 
 # ---- rollouts and ends
@@ -153,11 +239,7 @@ def test_deployment_when_a_model_loads_long_then_the_rollout_waits_for_it() -> N
     ],
 )
 def test_pods_when_rendered_then_none_can_be_more_than_restricted(values: str) -> None:
-    objects = render(values)
-    pods = [objects.pod, *(pod["spec"] for pod in objects.of("Pod"))]
-    pods += [job["spec"]["template"]["spec"] for job in objects.of("Job")]
-
-    for pod in pods:
+    for pod in pods_of(render(values)):
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert pod["automountServiceAccountToken"] is False
@@ -169,6 +251,7 @@ def test_pods_when_rendered_then_none_can_be_more_than_restricted(values: str) -
                 "capabilities": {"drop": ["ALL"]},
             }
             assert each["resources"]["limits"]["memory"]
+            assert each["terminationMessagePolicy"] == "FallbackToLogsOnError"
 
 
 def test_pod_when_the_user_id_is_left_to_the_cluster_then_none_is_named() -> None:
@@ -270,6 +353,21 @@ def test_gpu_when_asked_for_then_one_is_a_limit_and_the_worker_insists_on_it() -
     other = render("{gpu: {enabled: true, tolerateTaint: false}, config: {model: {device: auto}}}")
     assert yaml.safe_load(other.config)["model"]["device"] == "auto"
     assert "tolerations" not in other.pod
+
+
+def test_gpus_when_a_model_needs_several_then_they_are_asked_for() -> None:
+    resources = render("{gpu: {enabled: true, count: 4}, resources: {limits: {nvidia.com/gpu: '4'}}}").worker[
+        "resources"
+    ]
+
+    assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] == 4
+
+
+@pytest.mark.parametrize("kind", ["limits", "requests"])
+def test_gpus_when_resources_name_another_number_then_the_chart_refuses_it(kind: str) -> None:
+    said = refusal({"gpu": {"enabled": True}, "resources": {kind: {"nvidia.com/gpu": 4}}})
+
+    assert f"resources.{kind} names 4 nvidia.com/gpu, and gpu.count is 1" in said
 
 
 def test_settings_when_a_section_is_null_then_what_follows_from_other_values_is_still_there() -> None:
@@ -506,7 +604,7 @@ def test_selectors_when_hooks_run_then_their_pods_are_taken_for_no_worker() -> N
         objects.workload["spec"]["selector"]["matchLabels"],
         objects.one("Service")["spec"]["selector"],
         objects.one("PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
-        objects.one("NetworkPolicy")["spec"]["podSelector"]["matchLabels"],
+        *(each["spec"]["podSelector"]["matchLabels"] for each in policies_of(objects, "x-inferstream")),
     ]
     pods = [pod["metadata"]["labels"] for pod in objects.of("Pod")]
     pods += [job["spec"]["template"]["metadata"]["labels"] for job in objects.of("Job")]
@@ -546,12 +644,23 @@ def test_topics_job_when_it_runs_before_the_release_then_its_settings_are_there_
             "{networkPolicy: {kafkaPorts: [1234]}, model: {offline: true}, config: {model: {id: 'package:m'}}}",
             [1234],
         ),
+        ("model: {hubEndpoint: 'https://hub.example.com:8443'}", [9092, 8443]),
+        ("model: {hubEndpoint: 'http://hub.example.com/mirror'}", [9092, 80]),
+        ("model: {hubEndpoint: 'http://[::1]'}", [9092, 80]),
+        (
+            "{model: {download: {source: ':s3:b'}, offline: true}, config: {model: {id: /models/m}}}",
+            [9092, 443],
+        ),
+        (
+            "{model: {download: {source: ':s3:b'}, hubEndpoint: 'http://h:81'}, config: {model: {id: /models/m}}}",
+            [9092, 81, 443],
+        ),
     ],
 )
 def test_network_policy_when_enabled_then_it_lets_out_what_the_settings_name(
     values: str, ports: list[int]
 ) -> None:
-    policy = render("networkPolicy: {enabled: true}", values).one("NetworkPolicy")
+    [policy] = policies_of(render("networkPolicy: {enabled: true}", values), "x-inferstream")
 
     out = [port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]]
 

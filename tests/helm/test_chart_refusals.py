@@ -228,7 +228,7 @@ WRONG_VALUES: dict[str, tuple[str, str]] = {
     "model: {storage: {mountPath: models}}": ("model.storage.mountPath", "pattern"),
     "model: {storage: {mountPath: /models/}}": ("model.storage.mountPath", "pattern"),
     "gpu: {resourceName: gpu}": ("gpu.resourceName", "pattern"),
-    "gpu: {count: 2}": ("gpu", "count"),
+    "gpu: {counts: 2}": ("gpu", "counts"),
     "resources: {limit: {cpu: 1}}": ("resources", "limit"),
     "probes: {startup: {failureThreshold: 0}}": ("probes.startup.failureThreshold", "1"),
     "metrics: {serviceMonitor: {interval: soon}}": ("metrics.serviceMonitor.interval", "pattern"),

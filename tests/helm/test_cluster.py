@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -16,7 +18,18 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helm.chart import CHART, MAJORS, MATRIX, Objects, is_hook, render, run_helm, with_values
+from tests.helm.chart import (
+    CHART,
+    MAJORS,
+    MATRIX,
+    ROOT,
+    Objects,
+    env_of,
+    is_hook,
+    render,
+    run_helm,
+    with_values,
+)
 from tests.helm.cluster import Answer, Cluster
 from tests.helm.tools import KUBERNETES, ToolUnavailable
 
@@ -38,6 +51,8 @@ AROUND: list[dict[str, Any]] = [
     },
     {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "monitoring"}},
 ]
+# The ways of upgrading that the manual names.
+UPGRADES = re.findall(r"^helm upgrade .*", (ROOT / "docs/upgrading.md").read_text(), re.MULTILINE)
 _numbers = itertools.count(1)
 
 
@@ -220,6 +235,57 @@ def test_release_when_the_chart_has_a_newer_version_then_it_is_upgraded_in_place
 
     assert before["metadata"]["uid"] == after["metadata"]["uid"]
     assert after["spec"]["template"]["spec"]["containers"][0]["image"].endswith(":9.9.9")
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """The chart as it was before it had `shm`."""
+    folder = tmp_path / "older" / "inferstream"
+    shutil.copytree(CHART, folder)
+    values = yaml.safe_load((folder / "values.yaml").read_text())
+    del values["shm"]
+    (folder / "values.yaml").write_text(yaml.safe_dump(values))
+    pod = folder / "templates/_pod.tpl"
+    pod.write_text(pod.read_text().replace(".Values.shm.enabled", "false"))
+    return folder
+
+
+@pytest.mark.parametrize("major", MAJORS)
+@pytest.mark.parametrize("command", UPGRADES, ids=lambda command: command.split()[6])
+def test_release_when_a_newer_chart_has_more_values_then_the_manuals_commands_upgrade_it(
+    cluster: Cluster, namespace: str, command: str, major: str, older: Path, tmp_path: Path
+) -> None:
+    values = with_values("config: {batch: {linger_ms: 9}}", base=matrix("minimal"))
+    file = tmp_path / "values.yaml"
+    file.write_text(yaml.safe_dump(values))
+    ours = {"embedder": "r", "helm/inferstream": str(CHART), "search": namespace, "values.yaml": str(file)}
+    _, *arguments = [ours.get(word, word) for word in shlex.split(command)]
+    del arguments[arguments.index("--wait") :]  # there are no pods to wait for
+    objects = render(values, base={}, release="r")
+    released(cluster, major, "install", namespace, values, chart=older)
+
+    done = helm(cluster, major, *arguments, "--no-hooks")
+
+    assert done.returncode == 0, done.stderr
+    workload = cluster.get(objects.workload, namespace)
+    assert workload["spec"]["template"]["spec"]["containers"][0]["image"].endswith(":NEW")
+    assert "linger_ms: 9" in config_of(cluster, objects, namespace)
+
+
+def test_manual_when_it_tells_how_to_upgrade_then_there_are_two_ways() -> None:
+    assert [command.split()[6] for command in UPGRADES] == ["--values", "--reset-then-reuse-values"]
+
+
+@pytest.mark.parametrize("major", MAJORS)
+def test_release_when_a_variable_of_the_charts_is_given_then_it_takes_its_place(
+    cluster: Cluster, namespace: str, major: str
+) -> None:
+    values = with_values("extraEnv: [{name: HF_HOME, value: /elsewhere}]", base=matrix("minimal"))
+
+    released(cluster, major, "install", namespace, values)
+
+    workload = cluster.get(render(values, base={}, release="r").workload, namespace)
+    assert env_of(workload["spec"]["template"]["spec"]["containers"][0])["HF_HOME"] == "/elsewhere"
 
 
 @pytest.mark.parametrize("major", MAJORS)

@@ -147,7 +147,30 @@
 {{- end }}
 {{- end }}
 
-{{/* A pod that runs one command and ends: its security, its image's Secrets. */}}
+{{/* The mounts of a command beside the workers: the settings, and those of the worker's own that are not of its model, its
+cache or its shared memory: a CA's file may be among them. */}}
+{{- define "inferstream.commandMounts" -}}
+{{- include "inferstream.configMounts" . }}
+{{- $volumes := tpl (toYaml .Values.extraVolumes) . | fromYamlArray }}
+{{- $names := include "inferstream.names" $volumes | fromJsonArray | concat (list "config" "tmp") }}
+{{- range tpl (toYaml .Values.extraVolumeMounts) . | fromYamlArray }}
+{{- if has .name $names }}
+{{ list . | toYaml }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* And their volumes: (list $ NAME-OF-THE-CONFIGMAP). */}}
+{{- define "inferstream.commandVolumes" -}}
+{{- $root := index . 0 }}
+{{- include "inferstream.configVolumes" . | trim }}
+{{- with $root.Values.extraVolumes }}
+{{ tpl (toYaml .) $root }}
+{{- end }}
+{{- end }}
+
+{{/* A pod that runs one command and ends: where it may run and how it finds the brokers, as the workers do.  The GPU's
+taint is tolerated only where nodes are chosen by label: these may all be nodes with GPUs. */}}
 {{- define "inferstream.onePodSpec" -}}
 restartPolicy: Never
 automountServiceAccountToken: false
@@ -158,12 +181,36 @@ imagePullSecrets: {{- toYaml . | nindent 2 }}
 {{- with .Values.podSecurityContext }}
 securityContext: {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- with .Values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .Values.schedulerName }}
+schedulerName: {{ . }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.nodeSelector | empty | ternary (toYaml .Values.tolerations) (include "inferstream.tolerations" .) }}
+{{- if ne . "[]" }}
+tolerations: {{- . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- with .Values.hostAliases }}
+hostAliases: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.dnsPolicy }}
+dnsPolicy: {{ . }}
+{{- end }}
+{{- with .Values.dnsConfig }}
+dnsConfig: {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end }}
 
-{{/* What every container of the service's image has. */}}
+{{/* What every container of the service's image has.  The end of its log says why it ended: config errors are told there. */}}
 {{- define "inferstream.container" -}}
 image: {{ include "inferstream.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
+terminationMessagePolicy: FallbackToLogsOnError
 {{- with .Values.securityContext }}
 securityContext: {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -171,15 +218,8 @@ securityContext: {{- toYaml . | nindent 2 }}
 
 {{/* The environment of commands beside the workers: secrets, and whatever replaces settings. */}}
 {{- define "inferstream.commandEnv" -}}
-env:
-  - name: HOME
-    value: /tmp
-  {{- with include "inferstream.kafkaEnv" . }}
-  {{- trim . | nindent 2 }}
-  {{- end }}
-  {{- with .Values.extraEnv }}
-  {{- tpl (toYaml .) $ | nindent 2 }}
-  {{- end }}
+{{- $own := printf "- {name: HOME, value: /tmp}\n%s" (include "inferstream.kafkaEnv" .) -}}
+env: {{- include "inferstream.mergedEnv" (list $own (include "inferstream.extraEnv" . | fromJsonArray)) | nindent 2 }}
 {{- with .Values.extraEnvFrom }}
 envFrom: {{- tpl (toYaml .) $ | nindent 2 }}
 {{- end }}

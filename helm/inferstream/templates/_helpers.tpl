@@ -84,11 +84,35 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- end }}
 
+{{/* extraEnv with its templates filled in, as a JSON list. */}}
+{{- define "inferstream.extraEnv" -}}
+{{- tpl (toYaml .Values.extraEnv) . | fromYamlArray | toJson }}
+{{- end }}
+
 {{/* Names of the variables in extraEnv, as a JSON list: each can stand in for a setting of `config`. */}}
 {{- define "inferstream.extraEnvNames" -}}
+{{- include "inferstream.names" (include "inferstream.extraEnv" . | fromJsonArray) }}
+{{- end }}
+
+{{/* The names of a list's entries, as a JSON list. */}}
+{{- define "inferstream.names" -}}
 {{- $names := list }}
-{{- range .Values.extraEnv }}
+{{- range . }}
 {{- $names = append $names .name }}
 {{- end }}
 {{- toJson $names }}
+{{- end }}
+
+{{/* An environment of the chart's variables (YAML) and then the user's (a list), which replace those of the same name: a
+name that is there twice is refused by server-side apply, and so by Helm 4. */}}
+{{- define "inferstream.mergedEnv" -}}
+{{- $given := index . 1 }}
+{{- $names := include "inferstream.names" $given | fromJsonArray }}
+{{- $env := list }}
+{{- range index . 0 | fromYamlArray }}
+{{- if not (has .name $names) }}
+{{- $env = append $env . }}
+{{- end }}
+{{- end }}
+{{- toYaml (concat $env $given) }}
 {{- end }}

@@ -148,11 +148,25 @@ whether a restart, which loads the model anew and moves partitions twice, would 
 {{- end }}
 {{- end }}
 
+{{/* The worker's environment. What refers to another variable stands behind all of those that it may refer to. */}}
 {{- define "inferstream.env" -}}
-# The root file system is read-only and the user may be any: everything that is written has its place here.
+{{- $extra := include "inferstream.extraEnv" . | fromJsonArray }}
+{{- include "inferstream.mergedEnv" (list (include "inferstream.ownEnv" .) $extra) }}
+{{- $transactional := "INFERSTREAM_KAFKA__TRANSACTIONAL_ID" }}
+{{- $isExactlyOnce := eq (include "inferstream.setting" (list . "delivery" "guarantee")) "exactly-once" }}
+{{- if and (eq .Values.workload.kind "StatefulSet") $isExactlyOnce (not (has $transactional (include "inferstream.extraEnvNames" . | fromJsonArray))) }}
+# The same after a restart, so that what the predecessor left open is aborted at once.
+- name: {{ $transactional }}
+  value: {{ printf "%s-$(INFERSTREAM_KAFKA__GROUP_INSTANCE_ID)" (include "inferstream.setting" (list . "kafka" "group_id")) | quote }}
+{{- end }}
+{{- end }}
+
+{{/* The root file system is read-only and the user may be any: everything that is written has its place here.
+USER is there as torch asks for the user's name, and an arbitrary id has none. */}}
+{{- define "inferstream.ownEnv" -}}
 - name: HOME
   value: /tmp
-- name: USER # torch asks for the user's name, and an arbitrary id has none
+- name: USER
   value: inferstream
 - name: XDG_CACHE_HOME
   value: /cache
@@ -186,25 +200,25 @@ whether a restart, which loads the model anew and moves partitions twice, would 
   valueFrom:
     fieldRef:
       fieldPath: metadata.name
-{{- if eq (include "inferstream.setting" (list . "delivery" "guarantee")) "exactly-once" }}
-# The same after a restart, so that what the predecessor left open is aborted at once.
-- name: INFERSTREAM_KAFKA__TRANSACTIONAL_ID
-  value: {{ printf "%s-$(INFERSTREAM_KAFKA__GROUP_INSTANCE_ID)" (include "inferstream.setting" (list . "kafka" "group_id")) | quote }}
-{{- end }}
 {{- end }}
 {{- with include "inferstream.kafkaEnv" . }}
 {{ trim . }}
-{{- end }}
-{{- with .Values.extraEnv }}
-{{ tpl (toYaml .) $ }}
 {{- end }}
 {{- end }}
 
 {{- define "inferstream.resources" -}}
 {{- $resources := deepCopy .Values.resources }}
-{{- if .Values.gpu.enabled }}
-{{- $gpu := dict .Values.gpu.resourceName 1 }}
-{{- $resources = mergeOverwrite $resources (dict "limits" $gpu "requests" $gpu) }}
+{{- with .Values.gpu }}
+{{- if .enabled }}
+{{- range $kind := list "limits" "requests" }}
+{{- $given := dig $kind $.Values.gpu.resourceName "" $resources | toString }}
+{{- if not (has $given (list "" ($.Values.gpu.count | toString))) }}
+{{- fail (printf "\n\nresources.%s names %s %s, and gpu.count is %v: set gpu.count, and leave the GPU out of resources.\n" $kind $given $.Values.gpu.resourceName $.Values.gpu.count) }}
+{{- end }}
+{{- end }}
+{{- $gpus := dict .resourceName .count }}
+{{- $resources = mergeOverwrite $resources (dict "limits" $gpus "requests" $gpus) }}
+{{- end }}
 {{- end }}
 {{- toYaml $resources }}
 {{- end }}
@@ -235,6 +249,7 @@ that share a volume do not disturb each other, and leaves alone what is there al
 - name: download-model
   image: {{ .image | quote }}
   imagePullPolicy: {{ .pullPolicy }}
+  terminationMessagePolicy: FallbackToLogsOnError
   {{- with $.Values.securityContext }}
   securityContext: {{- toYaml . | nindent 4 }}
   {{- end }}
@@ -249,14 +264,7 @@ that share a volume do not disturb each other, and leaves alone what is there al
     {{- range .extraArgs }}
     - {{ . | quote }}
     {{- end }}
-  env:
-    - name: HOME
-      value: /tmp
-    - name: RCLONE_CONFIG
-      value: /tmp/rclone.conf
-    {{- with .env }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+  env: {{- include "inferstream.mergedEnv" (list "[{name: HOME, value: /tmp}, {name: RCLONE_CONFIG, value: /tmp/rclone.conf}]" .env) | nindent 4 }}
   {{- with .envFrom }}
   envFrom: {{- toYaml . | nindent 4 }}
   {{- end }}
