@@ -1,6 +1,6 @@
 # make demo | test | check | bench: each does all the set-up it needs, in .venv and a cache folder.
-# Needs Python >= 3.11; `make test` also Docker, or Java >= 17 and Maven, and Go >= 1.26 for the tests of the chart;
-# the image's targets Docker or Podman.
+# Needs Python >= 3.11; `make test` also Docker, or Java >= 17 and Maven, and Go >= 1.26 for the tests of the chart and,
+# where Prometheus and promtool are not on the PATH, of the rules; the image's targets Docker or Podman.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -78,11 +78,11 @@ $(STAMP): pyproject.toml requirements/base.txt requirements/torch.txt requiremen
 demo: setup ## a real model, an embedded broker, a worker killed in the middle: nothing is missing
 	@$(BIN)/inferstream demo $(DEMO_ARGS)
 
-test: setup ## the tests, on a real Apache Kafka; those of the chart where Go can build Helm (once, minutes)
+test: setup ## the tests, on a real Apache Kafka; those of chart and rules where Go can build Helm and Prometheus (once, minutes)
 	@$(BIN)/python -m tests.support.broker
 	without=
 	if ! $(BIN)/python -m tests.helm.tools; then
-	  echo "test: the tests of the Helm chart are left out"
+	  echo "test: the tests of the Helm chart are left out, and of the rules and dashboards those that need a promtool or a Prometheus that is not here"
 	  without=--ignore=tests/helm
 	fi
 	# Most tests wait for a broker's clocks: two at a time, by files, so that what a file makes is made once.

@@ -146,6 +146,7 @@ RULES: dict[str, dict[str, Any]] = (
         "service.annotations": TEXTS,
         "service.labels": TEXTS,
         "metrics.prometheusRule.labels": TEXTS,
+        "metrics.prometheusRule.runbookUrl": {"type": "string", "pattern": r"^(https?://[^\s#]+#?)?$"},
         "metrics.prometheusRule.disabled": {"type": "array", "items": {"enum": ALERTS}},
         "metrics.dashboards.labels": TEXTS,
         "metrics.dashboards.annotations": TEXTS,

@@ -13,6 +13,8 @@ from typing import Any
 Panel = dict[str, Any]
 
 WORKERS = 'namespace=~"$namespace",job=~"$job",instance=~"$instance"'
+# A worker's name in a legend: the pod, where there is one, is what kubectl wants; the instance is what is chosen by.
+WORKER = "{{pod}} {{instance}}"
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 COLUMNS = 24
 SCHEMA_VERSION = 39  # Grafana 10.4; later ones migrate it themselves
@@ -349,7 +351,7 @@ def flow() -> dict[str, Any]:
         graph(
             "partitions of each worker",
             "Partitions are all that spreads work over workers; one with none has nothing to do.",
-            {"{{instance}}": "inferstream_assigned_partitions{@}"},
+            {WORKER: "inferstream_assigned_partitions{@}"},
         ),
     )
     process = row(
@@ -357,7 +359,7 @@ def flow() -> dict[str, Any]:
         graph(
             "memory, of what it may have",
             "Resident memory over the control group's limit, or the machine's memory.",
-            {"{{instance}}": "process_resident_memory_bytes{@} / inferstream_memory_limit_bytes{@}"},
+            {WORKER: "process_resident_memory_bytes{@} / inferstream_memory_limit_bytes{@}"},
             unit="percentunit",
             highest=1,
             line_at=0.9,
@@ -366,14 +368,14 @@ def flow() -> dict[str, Any]:
             "cores in use",
             "CPU seconds of the process a second.",
             {
-                "{{instance}}": "rate(process_cpu_seconds_total{@}[$__rate_interval]) "
+                WORKER: "rate(process_cpu_seconds_total{@}[$__rate_interval]) "
                 "and on (namespace, job, instance) inferstream_build_info{@}"
             },
         ),
         graph(
             "how late the event loop runs, p99",
             "Past 1 s heartbeats and commits suffer; past 30 s the worker counts as dead.",
-            {"{{instance}}": quantile(0.99, "inferstream_event_loop_lag_seconds", "instance")},
+            {WORKER: quantile(0.99, "inferstream_event_loop_lag_seconds", "pod, instance")},
             unit="s",
             line_at=1,
         ),
@@ -381,7 +383,7 @@ def flow() -> dict[str, Any]:
             "up for",
             "Since the process was started; a saw-tooth is a worker that dies again and again.",
             {
-                "{{instance}}": "(time() - process_start_time_seconds{@}) "
+                WORKER: "(time() - process_start_time_seconds{@}) "
                 "and on (namespace, job, instance) inferstream_build_info{@}"
             },
             unit="s",
@@ -389,7 +391,7 @@ def flow() -> dict[str, Any]:
         graph(
             "draining",
             "1 from SIGTERM to the end, for at most delivery.drain_timeout_s.",
-            {"{{instance}}": "inferstream_draining{@}"},
+            {WORKER: "inferstream_draining{@}"},
             highest=1,
         ),
         table(
@@ -414,7 +416,7 @@ def device() -> dict[str, Any]:
             "occupied",
             "Share of the time in which a worker's lanes had a batch. Under a backlog it belongs above 0.9; add "
             "workers when the lag grows all the same.",
-            {"{{instance}}": OCCUPIED},
+            {WORKER: OCCUPIED},
             unit="percentunit",
             width=12,
             highest=1,
@@ -423,7 +425,7 @@ def device() -> dict[str, Any]:
         graph(
             "idle although documents had been read",
             "Of the last 15 s, without those for want of input. No number while there was nothing to compute.",
-            {"{{instance}}": "inferstream_device_idle_ratio{@}"},
+            {WORKER: "inferstream_device_idle_ratio{@}"},
             unit="percentunit",
             width=12,
             highest=1,
@@ -443,7 +445,7 @@ def device() -> dict[str, Any]:
         graph(
             "lanes",
             "Batches that a device computes side by side: compute threads on a CPU, 1 on a GPU.",
-            {"{{instance}}": "inferstream_device_lanes{@}"},
+            {WORKER: "inferstream_device_lanes{@}"},
         ),
         graph(
             "batches waiting and computing",
@@ -512,13 +514,13 @@ def device() -> dict[str, Any]:
         graph(
             "floating-point operations",
             "Of the model's matrix products, padding not counted; 0 where the model's shape does not tell.",
-            {"{{instance}}": "rate(inferstream_model_flops_total{@}[$__rate_interval])"},
+            {WORKER: "rate(inferstream_model_flops_total{@}[$__rate_interval])"},
             unit="flops",
         ),
         graph(
             "share of the peak",
             "Of what the maker's data sheet says, waiting for input included. Only on GPUs whose peak is known.",
-            {"{{instance}} {{device}} {{dtype}}": "inferstream_model_flops_utilisation{@}"},
+            {f"{WORKER} {{{{device}}}} {{{{dtype}}}}": "inferstream_model_flops_utilisation{@}"},
             unit="percentunit",
             highest=1,
         ),
@@ -626,19 +628,19 @@ def delivery() -> dict[str, Any]:
         graph(
             "not committed",
             "Records after the committed offset, by worker: what a restart would read again.",
-            {"{{instance}}": "sum by (instance) (inferstream_committed_lag_records{@})"},
+            {WORKER: "sum by (pod, instance) (inferstream_committed_lag_records{@})"},
         ),
         graph(
             "written and not committed",
             "Of delivery.max_uncommitted_documents; at 1 writing waits for a commit.",
-            {"{{instance}}": 'inferstream_stage_fill_ratio{stage="commit",@}'},
+            {WORKER: 'inferstream_stage_fill_ratio{stage="commit",@}'},
             unit="percentunit",
             highest=1,
         ),
         graph(
             "waiting to be published",
             "Of buffer.max_documents. Full: the output topic is slow or out of reach.",
-            {"{{instance}}": 'inferstream_stage_fill_ratio{stage="publish",@}'},
+            {WORKER: 'inferstream_stage_fill_ratio{stage="publish",@}'},
             unit="percentunit",
             highest=1,
         ),
@@ -658,8 +660,9 @@ def delivery() -> dict[str, Any]:
         "The group",
         graph(
             "rebalances",
-            "Of the group, in the last 15 minutes, as each worker saw them. In each, all workers stop reading.",
-            {"{{instance}}": "increase(inferstream_rebalances_total{@}[15m])"},
+            "Of the group, in the last 15 minutes, as each worker saw them. In each, all workers stop reading. A "
+            "worker that is replaced is two.",
+            {WORKER: "increase(inferstream_rebalances_total{@}[15m])"},
             line_at=4,
         ),
         graph(

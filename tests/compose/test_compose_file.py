@@ -199,10 +199,27 @@ def test_grafana_then_data_source_and_dashboards_are_where_it_looks() -> None:
 
 def test_build_then_its_arguments_are_those_of_the_dockerfile() -> None:
     arguments = re.findall(r"^ARG (\w+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    [build] = [service["build"] for service in COMPOSE.services.values() if "build" in service]
 
-    for service in COMPOSE.own_services.values():
-        assert set(service["build"]["args"]) <= set(arguments)
-        assert (ROOT / service["build"]["context"] / "Dockerfile").is_file()
+    assert set(build["args"]) <= set(arguments)
+    assert (ROOT / build["context"] / "Dockerfile").is_file()
+
+
+def test_build_then_one_service_does_it_and_the_others_wait_for_its_image() -> None:
+    """Several that build the same tag side by side race for it; one that neither builds nor waits has no image."""
+    [builder] = [name for name, service in COMPOSE.own_services.items() if "build" in service]
+
+    assert not COMPOSE.services[builder].get("profiles")
+    for name in set(COMPOSE.own_services) - {builder}:
+        assert builder in needed_by(name), name
+    # Compose asks a registry first, and builds where that fails; `never` would end the asking, too.
+    assert not any("pull_policy" in service for service in COMPOSE.own_services.values())
+
+
+def needed_by(service: str) -> set[str]:
+    """The services that are started before it."""
+    direct = set(COMPOSE.services[service].get("depends_on", {}))
+    return direct.union(*(needed_by(name) for name in direct))
 
 
 def test_sample_then_there_are_more_documents_than_results_shown() -> None:

@@ -1,4 +1,4 @@
-"""The programs that judge the chart, and Prometheus, built from pinned sources by Go and kept in the cache folder.
+"""The programs that judge the chart and the rules, built from pinned sources by Go and kept in the cache folder.
 
 ``python -m tests.helm.tools`` builds what `make test` needs, ``--cluster`` what `make test-cluster` needs as well, so
 that it does not count against a test's time; with a NAME it builds that one and prints its path.  What is fetched is
@@ -75,7 +75,9 @@ TOOLS = {
         f"-s -w -X {_VERSION}.gitVersion=v{KUBERNETES} -X {_VERSION}.gitMajor={_MAJOR} -X {_VERSION}.gitMinor={_MINOR}",
     ),
 }
-FOR_TESTS = ("helm3", "helm4", "kube-score", "helm-docs")
+# Of these two any version on the PATH will do, and none is built then.
+FOR_RULES = ("promtool", "prometheus")
+FOR_TESTS = ("helm3", "helm4", "kube-score", "helm-docs", *FOR_RULES)
 FOR_CLUSTER = ("kube-apiserver", "etcd")
 
 # Modules that hold custom resource definitions → the files of those that the chart makes.
@@ -168,7 +170,9 @@ def _downloaded(module: str) -> Path:
 def _go(arguments: list[str], folder: Path) -> str:
     command = shutil.which("go")
     if command is None:
-        raise ToolUnavailable("Go is missing (1.26 or later), which builds the tools that judge the chart")
+        raise ToolUnavailable(
+            "Go is missing (1.26 or later), which builds the tools that judge the chart and the rules"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     environ = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false", "GOWORK": "off"}
     try:
@@ -195,12 +199,12 @@ def main() -> int:
     names = [name for name in arguments if name in TOOLS]
     wanted = names or (*FOR_TESTS, *(FOR_CLUSTER if "--cluster" in arguments else ()))
     try:
-        paths = [tool(name) for name in wanted]
+        paths = [(not names and name in FOR_RULES and present(name)) or tool(name) for name in wanted]
         crd_files()
     except ToolUnavailable as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(*(paths if names else (f"the chart is judged by {', '.join(wanted)}",)), flush=True)
+    print(*(paths if names else (f"chart and rules are judged by {', '.join(wanted)}",)), flush=True)
     return 0
 
 

@@ -17,30 +17,47 @@ from tests.support.grafana import panels_of
 TUNING = ROOT / "docs" / "tuning.md"
 ELSEWHERE = {"Pending", "Last State", "OOMKilled"}  # words of Kubernetes
 
+# Dashboard → what it shows: titles of panels, and legends.
 SHOWN = {
-    name for dashboard in DASHBOARDS.values() for name in [dashboard["title"].removeprefix("inferstream: ")]
-}
-SHOWN |= {panel["title"] for dashboard in DASHBOARDS.values() for panel in panels_of(dashboard)}
-SHOWN |= {
-    target["legendFormat"]
+    dashboard["title"].removeprefix("inferstream: "): {
+        name
+        for panel in panels_of(dashboard)
+        for name in (panel["title"], *(target["legendFormat"] for target in panel["targets"]))
+    }
     for dashboard in DASHBOARDS.values()
-    for panel in panels_of(dashboard)
-    for target in panel["targets"]
 }
+PAGES = [MANUAL, TUNING, ROOT / "docs" / "upgrading.md"]
 
 
-@pytest.mark.parametrize("page", [MANUAL, TUNING, ROOT / "docs" / "upgrading.md"], ids=lambda page: page.stem)
+def prose(page: Path) -> str:
+    """A page without code, in one line, and without what is bold."""
+    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL).replace("**", "")
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_when_it_names_a_panel_then_there_is_one(page: Path) -> None:
-    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL).replace("**", "")
-    named = {" ".join(phrase.split()) for phrase in re.findall(r"\*([^*]+)\*", prose)}
+    named = set(re.findall(r"\*([^*]+)\*", prose(page)))
 
     severities = {f"{rule['labels']['severity']}." for rule in ALERTS.values()}
     assert named - severities - ELSEWHERE
-    unknown = {name for name in named if not any(title.startswith(name) for title in SHOWN)}
-    assert unknown <= severities | ELSEWHERE
+    assert named <= set(SHOWN).union(*SHOWN.values()) | severities | ELSEWHERE
 
 
-@pytest.mark.parametrize("page", [MANUAL, TUNING, ROOT / "docs" / "upgrading.md"], ids=lambda page: page.stem)
+def test_pages_when_they_say_on_which_dashboard_then_the_panel_is_there() -> None:
+    panel = r"\*[^*]+\*"
+    places = [
+        (name, dashboard)
+        for page in PAGES
+        for panels, dashboard in re.findall(rf"((?:{panel} and )?{panel}) on \*([^*]+)\*", prose(page))
+        for name in re.findall(r"\*([^*]+)\*", panels)
+    ]
+
+    assert places
+    assert [place for place in places if place[0] not in SHOWN[place[1]]] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_when_it_names_a_setting_then_there_is_one(page: Path) -> None:
     sections = "|".join(sorted({key.partition(".")[0] for key in SETTINGS}))
     named = set(re.findall(rf"`((?:{sections})\.[a-z_.]+)`", page.read_text()))
