@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.feed import batched, feed, fixed, kernel_seconds, mixed
+from benchmarks.gpu.encode import encode
+from benchmarks.gpu.feed import batched, busy_in_python, feed, fixed, kernel_seconds, mixed
+from benchmarks.gpu.feeders import feeders
 from benchmarks.gpu.models import BERT, MINILM
 from inferstream.device.cuda import CudaDevice
 from tests.support.streams import FakeStreams, ToyForward
@@ -35,6 +38,38 @@ def test_feed_when_a_device_is_fed_counts_what_it_did() -> None:
     assert fed.documents == 4 * fed.batches > 0
     assert fed.tokens == 64 * fed.batches
     assert fed.seconds >= 0.2 and fed.busy_s > 0 and 0 <= fed.idle_ratio < 1 and fed.latency_s > 0
+
+
+def test_busy_thread_when_it_ends_then_it_is_gone() -> None:
+    with busy_in_python():
+        [thread] = [each for each in threading.enumerate() if each.name == "bench-busy"]
+
+    assert not thread.is_alive()
+
+
+@pytest.mark.embedded
+def test_feeders_when_two_workers_answer_then_their_rates_are_summed() -> None:
+    section = feeders(0.2, "cpu", workers=(1, 2), documents=500, model="builtin:hash")
+
+    rates = section.data["documents_per_s"]
+    assert list(rates) == ["1", "2"] and all(rate > 0 for rate in rates.values())
+    assert section.data["enough"] in (1, 2)
+    assert "workers" in section.markdown()
+
+
+@pytest.mark.embedded
+def test_feeders_when_a_worker_cannot_start_then_it_says_what_the_worker_said() -> None:
+    with pytest.raises(RuntimeError, match="the workers did not get through: exit codes"):
+        feeders(0.2, "cpu", workers=(1,), documents=10, model="/no/such/folder")
+
+
+@pytest.mark.model
+def test_encode_when_measured_beside_the_engine_then_every_row_has_a_rate() -> None:
+    section = encode(0.1, "cpu", documents=24, dtype="float32", sizes=(8, 24))
+
+    rates = section.data["documents_per_s"]
+    assert list(rates)[-1] == "engine" and len(rates) == 3
+    assert all(rate > 0 for rate in rates.values())
 
 
 class Event:

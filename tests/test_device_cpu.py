@@ -12,6 +12,7 @@ import pytest
 
 from inferstream.device import Flight
 from inferstream.device.cpu import CpuDevice
+from tests.support.leaks import Growth
 
 
 class Doubling:
@@ -171,3 +172,17 @@ def test_device_when_imported_imports_no_torch() -> None:
     env = {"PYTHONPATH": str(Path(inferstream.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_device_when_20000_batches_ran_then_it_holds_no_more_than_after_the_first(device: CpuDevice) -> None:
+    def batches(count: int) -> None:
+        for _ in range(count):
+            device.launch(0, [1.0, 2.0])
+            assert wait(device).error is None
+
+    batches(500)
+    with Growth() as growth:
+        batches(20_000)
+
+    assert growth.python_bytes < 100_000  # less than a reference for each batch
+    assert growth.resident_bytes < 4 << 20

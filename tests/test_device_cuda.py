@@ -6,13 +6,17 @@ What cannot be tested here is torch.cuda itself; see tests/gpu and docs/gpu.md.
 from __future__ import annotations
 
 import asyncio
-import gc
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -26,7 +30,8 @@ from inferstream.device.cuda import Clock, CudaDevice, Marks
 from inferstream.device.stage import DeviceStage
 from inferstream.errors import DeviceFailed, OutOfMemory, SettingsError
 from inferstream.telemetry.timeline import Timeline
-from tests.support.streams import Choose, FakeEvent, FakeStreams, Poison, ToyForward
+from tests.support.leaks import Growth
+from tests.support.streams import Choose, FakeEvent, FakeStreams, Poison, ToyForward, check_times
 
 MAX_TOKENS, MAX_ITEMS, MAX_LENGTH = 64, 8, 16
 
@@ -220,18 +225,35 @@ def test_flights_when_they_land_then_busy_idle_and_spans_are_those_of_the_stream
     source: random.Random,
 ) -> None:
     device = made(FakeStreams(choose_of(source)))
+    marks: list[Marks] = []
+    spans = device._clock.spans
 
-    flights = drive(device, random_batches(source, 12), choose_of(source))
+    def noted(of_batch: Marks, now: float) -> Any:
+        marks.append(of_batch)
+        return spans(of_batch, now)
 
-    assert flights[0].idle_s == 0.0
-    for flight in flights:
-        queued, (_, _, staged, copied), (_, _, began, computed), (_, _, leaving, landed) = flight.spans
-        assert [span.step for span in flight.spans] == ["launch", "h2d", "compute", "d2h"]
-        assert 0 < queued.start <= queued.end <= time.monotonic()
-        assert staged <= copied <= began <= computed <= leaving <= landed
-        assert flight.busy_s == pytest.approx(computed - began)
-        assert flight.idle_s >= 0.0
-        assert flight.stalled_s == 0.0
+    with patch.object(device._clock, "spans", noted):
+        flights = drive(device, random_batches(source, 12), choose_of(source))
+
+    check_times(flights)
+    ends = [None, *(of_batch.computed.at for of_batch in marks)]
+    gaps = [
+        0.0 if end is None else of_batch.began.at - end for of_batch, end in zip(marks, ends, strict=False)
+    ]
+    assert [flight.idle_s for flight in flights] == gaps
+    assert [flight.busy_s for flight in flights] == [each.computed.at - each.began.at for each in marks]
+    assert all(flight.stalled_s == 0.0 for flight in flights)
+
+
+def test_flights_when_the_stream_waits_between_them_then_some_time_is_idle() -> None:
+    streams = FakeStreams(choose_of(random.Random(1)))
+    device = made(streams, slots=1)
+
+    flights = drive(device, random_batches(random.Random(2), 20), choose_of(random.Random(3)))
+
+    assert all(
+        flight.idle_s > 0.0 for flight in flights[1:]
+    )  # with one slot it waits for the host every time
 
 
 def test_flight_when_the_one_before_failed_then_its_time_is_nobodys_idle_time() -> None:
@@ -346,6 +368,9 @@ def test_batch_when_memory_is_out_then_it_says_so_and_the_cache_is_emptied(error
     assert second.error is None
 
 
+ROOT = Path(__file__).resolve().parents[1]
+CHILD = {**os.environ, "PYTHONPATH": f"{ROOT / 'service'}:{ROOT}"}
+
 POISONED = torch.AcceleratorError("CUDA error: device-side assert triggered\nSearch for it in the manual")
 
 
@@ -370,6 +395,54 @@ def test_device_when_its_context_dies_while_batches_are_in_flight_then_all_fail_
     }
     assert all(flight and isinstance(flight.error, DeviceFailed) for flight in flights)
     assert streams.runs == runs
+
+
+ABORTS = """
+import os, sys
+import torch
+from inferstream.device.cuda import CudaDevice
+from tests.support.streams import FakeStreams, ToyForward
+
+class Guard:
+    def __del__(self):
+        os.abort()  # as PyTorch's host allocator does, that cannot record an event on a dead stream
+
+class Streams(FakeStreams):
+    def array(self, *size, dtype, pinned=False):
+        made = torch.zeros(size, dtype=dtype)
+        if pinned:
+            made.guard = Guard()
+        return made
+
+    def run_unwaited(self, work):
+        self.died = self.waits  # as a hidden fault in a kernel of the warm-up
+        super().run_unwaited(work)
+
+def life():
+    streams = Streams()
+    WARMED_UP
+    device = CudaDevice(ToyForward(), streams, max_tokens=512, max_length=16, max_items=64, graphs=2, vocabulary=9)
+    device.launch(0, [[1]])
+    streams.died = torch.AcceleratorError("CUDA error: device-side assert triggered")
+    return device.wait().error
+
+try:
+    error = life()
+except Exception as failed:
+    error = failed
+print(type(error).__name__, flush=True)
+del error
+sys.exit(5)
+"""
+
+
+@pytest.mark.parametrize("warmed_up", ["pass", "streams.waits = torch.AcceleratorError('CUDA error: ECC')"])
+def test_process_when_the_context_died_then_its_end_frees_no_pinned_memory(warmed_up: str) -> None:
+    command = [sys.executable, "-c", ABORTS.replace("WARMED_UP", warmed_up)]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=CHILD)
+
+    assert (done.stdout, done.returncode) == ("DeviceFailed\n", 5), done.stderr[-2000:]
 
 
 def test_device_when_the_launcher_hears_of_the_death_first_then_batches_before_it_fail_too() -> None:
@@ -474,21 +547,36 @@ def test_max_tokens_when_a_document_may_be_longer_than_the_budget_is_at_least_th
 
 def test_device_when_20000_batches_ran_then_it_holds_no_more_than_after_the_first() -> None:
     forward = ToyForward()
-    device = made(FakeStreams(lambda n: n - 1), forward)
+    device = made(FakeStreams(), forward)
     batches: list[Batch] = [[[1, 2]]] * 20
 
-    def objects() -> int:
-        drive(device, batches, lambda n: n - 1)
-        forward.packed.clear()
-        gc.collect()
-        return len(gc.get_objects())
+    def batches_of_20(times: int) -> None:
+        for _ in range(times):
+            drive(device, batches, lambda n: n - 1)
+            forward.packed.clear()
 
-    before = objects()
-    for _ in range(1000):
-        drive(device, batches, lambda n: n - 1)
-        forward.packed.clear()
+    batches_of_20(20)
+    with Growth() as growth:
+        batches_of_20(1000)
 
-    assert objects() - before < 50
+    assert growth.python_bytes < 100_000  # less than a reference for each batch
+    assert growth.resident_bytes < 4 << 20
+
+
+def test_allocator_when_it_emptied_its_cache_by_itself_then_the_log_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    streams = FakeStreams()
+    device = made(streams)
+    batches: list[Batch] = [[[1, 2]]] * 300
+    drive(device, batches, lambda n: n - 1)
+    quiet = "allocator" not in caplog.text
+    streams.retries = 3
+
+    drive(device, batches * 3, lambda n: n - 1)
+
+    [line] = [record for record in caplog.records if "allocator" in record.message]
+    assert quiet and line.retries == 3  # type: ignore[attr-defined]  # from extra
 
 
 # ---- graphs
@@ -526,31 +614,105 @@ def test_graphs_when_one_gives_other_rows_then_there_are_none_and_batches_run_ea
     assert rows.tolist() == [[11.0, 2.0, 5.0, 6.0]]
     assert len(streams.graphs) == 1
     [line] = [record.message for record in caplog.records if "CUDA graphs" in record.message]
-    assert line == "no CUDA graphs: small batches are launched kernel by kernel, which is slower"
+    assert line == "no CUDA graphs: batches are launched kernel by kernel, which is slower"
 
 
-def test_graphs_when_one_cannot_be_recorded_then_those_before_it_are_kept_and_right(
+def recorded(streams: FakeStreams, forward: ToyForward, max_tokens: int, graphs: int) -> CudaDevice:
+    return CudaDevice(
+        forward,
+        streams,
+        max_tokens=max_tokens,
+        max_length=MAX_LENGTH,
+        max_items=64,
+        graphs=graphs,
+        vocabulary=1000,
+    )
+
+
+def test_graphs_when_recorded_are_so_from_the_largest_to_the_smallest() -> None:
+    streams, forward = FakeStreams(), ToyForward()
+    captured: list[int] = []
+    streams.break_graph = lambda work: captured.append(forward.packed[-1].tokens) or work
+
+    device = recorded(streams, forward, 2048, 4)
+
+    assert captured == [2048, 768, 512, 256]
+    assert [each.tokens for each in device._graphs.shapes] == [256, 512, 768, 2048]
+
+
+def test_batches_when_they_are_full_then_they_run_as_the_budgets_graph() -> None:
+    streams, forward = FakeStreams(), ToyForward()
+    device = recorded(streams, forward, 1000, 2)
+    full: Batch = [[n] * 15 for n in range(60)]
+    forward.packed.clear()
+
+    [flight] = drive(device, [full], lambda n: 0)
+
+    assert wrong_rows(forward, [full], [flight]) == 0
+    assert [each.tokens for each in forward.packed] == [1000]
+
+
+def test_graphs_when_memory_holds_less_than_two_of_the_largest_then_smaller_ones_are_recorded() -> None:
+    streams, forward = FakeStreams(), ToyForward()
+    streams.bytes_per_run = 992  # of a batch of 992 tokens: one each
+    streams.free = 2400  # of which 80 % are planned with
+
+    device = recorded(streams, forward, 1000, 10)
+
+    assert [each.tokens for each in device._graphs.shapes] == [256, 512, 768]
+    assert device.max_tokens == 1000
+
+
+def test_graphs_when_the_forward_waits_for_the_gpu_then_nothing_is_captured(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     streams, forward = FakeStreams(), ToyForward()
+    streams.waits = RuntimeError("called a synchronizing CUDA operation")
+
+    device = recorded(streams, forward, 1024, 4)
+
+    assert streams.graphs == []
+    assert device.run([[5, 6]]).tolist() == [[11.0, 2.0, 5.0, 6.0]]
+    [line] = [record for record in caplog.records if "CUDA graphs" in record.message]
+    assert line.message == "no CUDA graphs: batches are launched kernel by kernel, which is slower"
+    assert "synchronizing" in line.why  # type: ignore[attr-defined]  # from extra
+
+
+@pytest.mark.parametrize(
+    ("error", "kept", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), [256, 768, 2048], "fewer CUDA graphs than planned"),
+        (
+            RuntimeError("operation not permitted when stream is capturing"),
+            [],
+            "no CUDA graphs: batches are launched kernel by kernel, which is slower",
+        ),
+    ],
+)
+def test_graphs_when_one_cannot_be_recorded_then_others_are_kept_only_if_memory_was_out(
+    caplog: pytest.LogCaptureFixture, error: Exception, kept: list[int], said: str
+) -> None:
+    streams, forward = FakeStreams(), ToyForward()
+    asked: list[None] = []
 
     def refuse_the_third(work: Any) -> Any:
-        if len(streams.graphs) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        asked.append(None)
+        if len(asked) == 3:
+            raise error
         return work
 
     streams.break_graph = refuse_the_third
-    device = CudaDevice(
-        forward, streams, max_tokens=2048, max_length=MAX_LENGTH, max_items=64, graphs=4, vocabulary=1000
-    )
+    device = recorded(streams, forward, 2048, 4)
     replays = sum(graph.replays for graph in streams.graphs)
-    rows = device.run([[5, 6]])
+    items = [[5] * 15] * 48
+    rows = device.run(items)
 
-    assert rows.tolist() == [[11.0, 2.0, 5.0, 6.0]]
-    assert sum(graph.replays for graph in streams.graphs) == replays + 1
+    assert [each.tokens for each in device._graphs.shapes] == kept
+    assert rows.tolist() == [forward.row(item) for item in items]
+    assert sum(graph.replays for graph in streams.graphs) == replays + bool(kept)
     [line] = [record for record in caplog.records if "CUDA graphs" in record.message]
-    assert line.message == "fewer CUDA graphs than planned"
-    assert line.graphs == 2  # type: ignore[attr-defined]  # from extra
+    assert line.message == said
+    assert getattr(line, "graphs", 0) == len(kept)
 
 
 def test_graphs_when_a_failed_recording_spoils_those_before_it_then_there_are_none() -> None:
@@ -564,25 +726,33 @@ def test_graphs_when_a_failed_recording_spoils_those_before_it_then_there_are_no
         return lambda: None if spoiled else work()
 
     streams.break_graph = record
-    device = CudaDevice(
-        forward, streams, max_tokens=2048, max_length=MAX_LENGTH, max_items=64, graphs=4, vocabulary=1000
-    )
+    device = recorded(streams, forward, 2048, 4)
+    assert spoiled
     replays = sum(graph.replays for graph in streams.graphs)
 
     assert device.run([[5, 6]]).tolist() == [[11.0, 2.0, 5.0, 6.0]]
     assert sum(graph.replays for graph in streams.graphs) == replays
 
 
-def test_graphs_when_recording_runs_out_of_memory_then_there_are_none() -> None:
-    streams = FakeStreams()
+def test_graphs_when_recording_runs_out_of_memory_then_each_is_tried_and_there_are_none(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    streams, forward = FakeStreams(), ToyForward()
+    refused: list[None] = []
 
     def refuse(work: Any) -> Any:
+        refused.append(None)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     streams.break_graph = refuse
-    device = made(streams, graphs=4)
+    device = recorded(streams, forward, 2048, 4)
+    forward.packed.clear()
 
     assert device.run([[5, 6]]).tolist() == [[11.0, 2.0, 5.0, 6.0]]
+    assert forward.packed == [None]  # eagerly
+    assert len(refused) == 4
+    assert streams.emptied >= 4
+    assert "no CUDA graphs" in caplog.text
 
 
 # ---- behind the stage, with its threads
@@ -683,6 +853,44 @@ async def test_stage_when_the_context_dies_then_it_says_so_and_ends() -> None:
 
     assert isinstance(outcomes.dead[0], DeviceFailed) and outcomes.dead[0].exit_code == 5
     assert set(outcomes.rows) == {0} and not outcomes.failed
+
+
+class Slow:
+    """A device that takes a batch when it is let, and notes what it is asked."""
+
+    name, slots, lanes, padded, max_tokens = "slow", 3, 1, False, None
+
+    def __init__(self) -> None:
+        self.let = threading.Event()
+        self.closed = threading.Event()
+        self.asked: list[str] = []
+
+    def launch(self, slot: int, items: Sequence[Any]) -> None:
+        self.let.wait(20)
+        self.asked.append("launch")
+
+    def wait(self) -> Flight | None:
+        self.closed.wait(20)
+        return None
+
+    def close(self) -> None:
+        self.asked.append("close")
+        self.closed.set()
+
+
+@pytest.mark.usefixtures("no_threads_left")
+async def test_close_when_batches_wait_for_the_launcher_then_the_device_is_closed_after_them() -> None:
+    device = Slow()
+    stage = DeviceStage(device, Outcomes(), asyncio.get_running_loop(), Timeline())
+    for n in range(3):
+        stage.launch(items_of([[n]], n))
+
+    closing = asyncio.create_task(asyncio.to_thread(stage.close, 20))
+    await asyncio.sleep(0.05)  # a close that does not wait for the launcher would have come by now
+    device.let.set()
+    await closing
+
+    assert device.asked == ["launch"] * 3 + ["close"]
 
 
 async def test_stage_when_the_device_hangs_then_the_watchdog_sees_it_and_closing_goes_on() -> None:

@@ -103,13 +103,13 @@ def sized(monkeypatch: pytest.MonkeyPatch, free: int) -> torch.nn.Module:
     return torch.nn.Linear(1024, 1024, bias=False)
 
 
-@pytest.mark.parametrize("any_gpus", [False, True])
+@pytest.mark.parametrize(("any_gpus", "gpus", "free"), [(False, 2, 4), (True, 1, 4), (True, 2, 5)])
 def test_gpus_when_the_weights_fit_the_first_then_it_is_that_one(
-    monkeypatch: pytest.MonkeyPatch, any_gpus: bool
+    monkeypatch: pytest.MonkeyPatch, any_gpus: bool, gpus: int, free: int
 ) -> None:
-    seen(monkeypatch, gpus=2)
+    seen(monkeypatch, gpus=gpus)
 
-    assert gpus_for(sized(monkeypatch, 4 << 20), 0, any_gpus=any_gpus) == {0: 4 << 20}
+    assert gpus_for(sized(monkeypatch, free << 20), 0, any_gpus=any_gpus) == {0: free << 20}
 
 
 def test_gpus_when_the_weights_do_not_fit_one_and_nobody_asked_for_it_then_it_is_all(
@@ -119,6 +119,15 @@ def test_gpus_when_the_weights_do_not_fit_one_and_nobody_asked_for_it_then_it_is
     free = (4 << 20) - 1
 
     assert gpus_for(sized(monkeypatch, free), 0, any_gpus=True) == {0: free, 1: free, 2: free}
+
+
+def test_gpus_when_the_weights_would_leave_too_little_for_batches_and_nobody_asked_for_one_then_it_is_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen(monkeypatch, gpus=2)
+    free = (5 << 20) - 1
+
+    assert gpus_for(sized(monkeypatch, free), 0, any_gpus=True) == {0: free, 1: free}
 
 
 @pytest.mark.parametrize(

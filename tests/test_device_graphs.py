@@ -6,21 +6,64 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.gpu.feed import batched, mixed
 from inferstream.device.forward import Shape
-from inferstream.device.graphs import FREE_PADDING, MAX_PADDING, capacities, choose
+from inferstream.device.graphs import FREE_PADDING, LARGEST, MAX_PADDING, capacities, choose, planned
 from inferstream.settings import SETTINGS
 
-BERT = capacities(32_768, 4096, 512)
+BUDGET, PLENTY = 32_768, 1 << 30
+DEFAULT = SETTINGS["device.cuda_graphs"].default
+BERT = capacities(BUDGET, 4096, 512)
 
 
-def test_capacities_when_the_model_reads_512_tokens_are_as_many_as_the_setting_allows() -> None:
-    assert len(BERT) == SETTINGS["device.cuda_graphs"].default
+def test_capacities_when_the_model_reads_512_tokens_are_the_small_ones_and_the_budget() -> None:
     assert BERT[0] == Shape(32, 256, 128)
-    assert BERT[-1] == Shape(1024, 16_384, 512)
+    assert BERT[-3:] == [Shape(1024, LARGEST, 512), Shape(1024, BUDGET, 128), Shape(1024, BUDGET, 512)]
+
+
+def test_planned_when_the_setting_is_the_default_are_the_smallest_and_the_budget() -> None:
+    bert = planned(BUDGET, 4096, 512, most=DEFAULT, fitting_tokens=PLENTY)
+    longer = planned(BUDGET, 4096, 8192, most=DEFAULT, fitting_tokens=PLENTY)
+
+    assert len(bert) == len(longer) == DEFAULT
+    assert [each.tokens for each in bert[-4:]] == [15_360, 15_360, BUDGET, BUDGET]
+    assert [each.tokens for each in longer[-5:]] == [6656, 6656, BUDGET, BUDGET, BUDGET]
+    assert [each.longest for each in longer[-3:]] == [128, 512, 8192]
+
+
+def test_planned_when_graphs_are_few_or_none_are_the_budgets_first() -> None:
+    assert planned(BUDGET, 4096, 512, most=0, fitting_tokens=PLENTY) == []
+    assert planned(BUDGET, 4096, 512, most=1, fitting_tokens=PLENTY) == [Shape(1024, BUDGET, 128)]
+    assert planned(BUDGET, 4096, 512, most=3, fitting_tokens=PLENTY) == [
+        Shape(32, 256, 128),
+        Shape(1024, BUDGET, 128),
+        Shape(1024, BUDGET, 512),
+    ]
+
+
+@pytest.mark.parametrize("fitting", [0, 511, 512, 30_000, 2 * BUDGET - 1, 2 * BUDGET])
+def test_planned_when_memory_is_short_leave_half_of_it_to_batches_without_a_graph(fitting: int) -> None:
+    found = planned(BUDGET, 4096, 512, most=1000, fitting_tokens=fitting)
+
+    assert found == [each for each in BERT if 2 * each.tokens <= fitting]
+
+
+def test_choose_when_there_is_a_backlog_takes_the_budgets_graph_for_every_batch() -> None:
+    available = planned(BUDGET, 4096, 512, most=DEFAULT, fitting_tokens=PLENTY)
+    batches = batched(mixed(20_000, 512, 1000), BUDGET, padded=False)
+
+    found = []
+    for batch in batches:
+        lengths = [len(document) for document in batch]
+        found.append(choose(Shape(len(batch), sum(lengths), max(lengths)), available))
+
+    assert len(found) > 40
+    assert {each and each.tokens for each in found} == {BUDGET}
 
 
 @pytest.mark.parametrize(
-    ("most", "items", "length"), [(32_768, 4096, 512), (2048, 64, 256), (16_384, 10, 8192)]
+    ("most", "items", "length"),
+    [(32_768, 4096, 512), (2048, 64, 256), (16_384, 10, 8192), (12_000, 4096, 512)],
 )
 def test_capacities_when_listed_are_in_order_and_within_the_bounds(
     most: int, items: int, length: int
@@ -30,7 +73,7 @@ def test_capacities_when_listed_are_in_order_and_within_the_bounds(
     assert found == sorted(set(found), key=lambda each: (each.tokens, each.longest))
     assert all(each.tokens <= most and each.count <= items for each in found)
     assert all(each.longest <= min(length, each.tokens) for each in found)
-    assert {each.longest for each in found if each.tokens == found[-1].tokens} >= {min(length, most)}
+    assert found[-1].tokens == most and found[-1].longest == min(length, most)
 
 
 def test_capacities_when_the_budget_is_below_the_smallest_graph_are_none() -> None:
@@ -44,7 +87,8 @@ def test_choose_when_several_fit_takes_the_fewest_tokens_then_the_shortest() -> 
     assert (
         choose(Shape(40, 256, 10), BERT) is None
     )  # with 256 tokens for nothing the next takes no more documents
-    assert choose(Shape(1024, 16_384, 512), BERT) == BERT[-1]
+    assert choose(Shape(1024, 16_384, 512), BERT) == Shape(1024, 16_384, 512)
+    assert choose(Shape(600, 32_500, 512), BERT) == BERT[-1]
 
 
 @pytest.mark.parametrize(

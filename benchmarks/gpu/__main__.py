@@ -2,10 +2,16 @@
 
 engine   documents per second of one device fed from memory, BERT-base and MiniLM shapes
 slots    1, 2 and 3 staging slots: with 1 the GPU waits for the host after every batch (synchronous)
-graphs   small batches as CUDA graphs against the same launched kernel by kernel
-gaps     the time within batches in which no kernel ran, from the profiler (CUPTI), which slows launching down a little
+graphs   batches as CUDA graphs against the same launched kernel by kernel
+gaps     the time within batches in which no kernel ran, from the profiler (CUPTI), which slows launching down a little;
+         quiet, and beside a thread that is busy in Python
 packing  documents of many lengths packed against padded, and against a plain transformers loop
+encode   sentence-transformers' encode beside the engine, text to vectors, with the real MiniLM
 kafka    from Kafka to Kafka with the real MiniLM on the embedded broker, against the same model from memory
+feeders  how many workers it takes to feed the GPU so
+
+The first five need torch and transformers.  The last three need what the worker and the demo need (``pip install
+'inferstream[demo]'``), and encode sentence-transformers as well; what is missing is said.
 
 Markdown on stdout; --json FILE writes the numbers.  Without a CUDA device it says so and exits 2.
 """
@@ -18,7 +24,9 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +124,8 @@ class Run:
             if packed is None:
                 section.text = ["The model did not run packed here (see the log), so there are no graphs."]
                 return section
-            devices = {n: device_of(packed, shape, 16_384, graphs=n, index=self.index) for n in (0, 64)}
-            for documents in (1, 4, 16, 64, 128, 250):
+            devices = {n: device_of(packed, shape, 32_768, graphs=n, index=self.index) for n in (0, 64)}
+            for documents in (1, 4, 16, 64, 128, 240, 512):
                 batches = fixed(64, 64 * documents, 8, VOCABULARY)
                 fed = {n: feed(device, batches, self.seconds / 2) for n, device in devices.items()}
                 section.data[f"{shape.name}, {documents} documents"] = {
@@ -150,7 +158,7 @@ class Run:
     def gaps(self) -> Section:
         from torch.profiler import ProfilerActivity, profile
 
-        from benchmarks.gpu.feed import feed, fixed, kernel_seconds
+        from benchmarks.gpu.feed import busy_in_python, feed, fixed, kernel_seconds
         from benchmarks.gpu.models import BERT, MINILM, VOCABULARY, device_of, forwards_of, model_of
 
         section = Section("Gaps within batches, documents of 64 tokens")
@@ -159,15 +167,21 @@ class Run:
             padded, packed = forwards_of(model_of(shape, self.index))
             for graphs in (0, 64):
                 device = device_of(packed or padded, shape, 32_768, graphs=graphs, index=self.index)
-                for tokens in (1024, 4096, 16_384, 32_768):
+                for tokens, busy in product((1024, 4096, 15_360, 32_768), (False, True)):
                     batches = fixed(64, tokens, 8, VOCABULARY)
-                    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+                    with (
+                        busy_in_python() if busy else nullcontext(),
+                        profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen,
+                    ):
                         fed = feed(device, batches, min(self.seconds, 1.0))
                     results = seen.profiler.kineto_results if seen.profiler else None
                     computed = kernel_seconds(results.events()) if results else 0.0
                     # One round of all the batches is not measured by feed, but is by the profiler.
                     share = 1 - computed / (fed.busy_s * (fed.batches + len(batches)) / fed.batches)
-                    section.data[f"{shape.name}, {graphs} graphs, {tokens} tokens"] = asdict(fed) | {
+                    beside = "beside a busy Python thread" if busy else "quiet"
+                    section.data[f"{shape.name}, {graphs} graphs, {tokens} tokens, {beside}"] = asdict(
+                        fed
+                    ) | {
                         "kernel_s": computed,
                         "gaps": share,
                     }
@@ -176,12 +190,23 @@ class Run:
                             shape.name,
                             "graphs" if graphs else "eager",
                             str(tokens),
+                            beside,
                             f"{1e3 * fed.busy_s / fed.batches:.3f}",
+                            f"{100 * fed.idle_ratio:.1f} %",
                             f"{100 * share:.1f} %",
                         ]
                     )
-        head = ["shape", "launched as", "tokens per batch", "ms per batch", "of it no kernel ran"]
-        section.text = [table(head, rows)]
+        head = [
+            "shape",
+            "launched as",
+            "tokens per batch",
+            "the host",
+            "ms per batch",
+            "idle between",
+            "of the ms no kernel ran",
+        ]
+        switch = f"The interpreter switches threads after {1e3 * sys.getswitchinterval():g} ms."
+        section.text = [table(head, rows), switch]
         return section
 
     def packing(self) -> Section:
@@ -214,6 +239,16 @@ class Run:
 
         return kafka(self.seconds, f"cuda:{self.index}")
 
+    def encode(self) -> Section:
+        from benchmarks.gpu.encode import encode
+
+        return encode(self.seconds, f"cuda:{self.index}")
+
+    def feeders(self) -> Section:
+        from benchmarks.gpu.feeders import feeders
+
+        return feeders(self.seconds, f"cuda:{self.index}")
+
 
 def _plain(model: Any, documents: list[Any], seconds: float) -> float:
     """What most write first: pad 64 documents to the longest, one batch after the other, wait for each."""
@@ -244,7 +279,7 @@ def _plain(model: Any, documents: list[Any], seconds: float) -> float:
     return done / lasted
 
 
-NAMES = ("engine", "slots", "graphs", "gaps", "packing", "kafka")
+NAMES = ("engine", "slots", "graphs", "gaps", "packing", "encode", "kafka", "feeders")
 
 
 def main(arguments: list[str] | None = None) -> int:

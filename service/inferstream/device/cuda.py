@@ -6,10 +6,10 @@
     d2h stream                                                                                          └ copy ─┐ event
     waiter thread                                                                   sleeps, takes the rows ◄────┘
 
-The streams are ordered by these three events per batch and by nothing else; nothing waits for the whole GPU once it is
-warm.  A slot's memory is allocated once, and used again only when its batch has come back, which is after the last
-of its events: that one rule is why nothing in a slot is ever overwritten too early.  It holds for a batch that failed
-half-way as well: it comes back when whatever part of it was queued has ended.
+The streams are ordered by these three events per batch and by nothing else; nothing here waits for the whole GPU once
+it is warm, but for what follows out of memory.  A slot's memory is allocated once, and used again only when its batch
+has come back, which is after the last of its events: that one rule is why nothing in a slot is ever overwritten too
+early.  It holds for a batch that failed half-way as well: it comes back when whatever part of it was queued has ended.
 
 Rows are copied out of the slot's pinned slab by the waiter.  Handing the slab itself on would save a few hundred
 kilobytes of copying per batch, and would tie the slot, and with it the GPU's next batch, to the threads that write
@@ -32,6 +32,7 @@ import torch
 
 from inferstream.batching import DEFAULT_MAX_ITEMS
 from inferstream.device import Flight, Span
+from inferstream.device.failures import first_line, is_out_of_memory, keep_for_ever
 from inferstream.device.forward import Forward, Shape
 from inferstream.device.graphs import Graphs
 from inferstream.device.memory import fitting_tokens
@@ -40,10 +41,11 @@ from inferstream.errors import DeviceFailed, OutOfMemory, SettingsError
 
 log = logging.getLogger(__name__)
 
-OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-
 PROBE_TOKENS = 8192
 """How large a batch memory is measured with: large enough that what does not grow with it matters little."""
+
+RETRIES_EVERY = 256
+"""Batches from one look at the allocator's retries to the next: PyTorch makes a dictionary of all it counts."""
 
 
 class Slot:
@@ -120,13 +122,15 @@ class CudaDevice:
         self._dead: DeviceFailed | None = None
         self._previous: Launched | None = None
         self._clock = Clock()
+        self._until_look = RETRIES_EVERY
         max_tokens = max(max_tokens, max_length)
-        streams.enter_thread()
         try:
+            streams.enter_thread()
             # The weights came over the default stream, which our streams do not wait for by themselves.
             streams.settle()
             size = forward.slab_size(max_tokens, max_items)
             self._slots = [Slot(streams, size, max_items, forward.width) for _ in range(slots)]
+            fitting = self._measure(max_tokens, max_items, max_length)
             self._graphs = Graphs(
                 forward,
                 streams,
@@ -134,10 +138,14 @@ class CudaDevice:
                 max_tokens=max_tokens,
                 max_items=max_items,
                 max_length=max_length,
+                fitting_tokens=fitting,
                 vocabulary=vocabulary,
             )
-            self.max_tokens = min(max_tokens, self._measure(max_tokens, max_items, max_length))
+            if self._graphs.shapes:  # they keep memory that no other batch can use
+                fitting = self._measure(max_tokens, max_items, max_length)
+            self.max_tokens = min(max_tokens, fitting)
             self.tokens_per_s = self._rate(min(max_items, self.max_tokens // max_length), max_length)
+            self._retries = streams.allocation_retries()
         except (RuntimeError, OutOfMemory) as error:
             if is_out_of_memory(error):
                 raise SettingsError(
@@ -146,6 +154,7 @@ class CudaDevice:
                 ) from error
             if not isinstance(error, torch.AcceleratorError):
                 raise
+            keep_for_ever((self, error))  # whose frames hold what was being made
             raise DeviceFailed(f"{self.name} failed while it was warmed up: {first_line(error)}") from error
         if self.max_tokens < max_tokens:
             log.warning(
@@ -240,6 +249,7 @@ class CudaDevice:
             try:
                 self._streams.enter_thread()
                 batch.end.wait()
+                self._look_at_retries()
                 if batch.marks is not None and batch.error is None:
                     return self._landed(batch, batch.marks)
             except BaseException as error:  # a batch's own errors were raised when it was launched
@@ -259,7 +269,22 @@ class CudaDevice:
     def _die(self, error: BaseException) -> None:
         """An error that the GPU keeps giving, whatever is asked of it: only a new process gets a new context."""
         if self._dead is None:
+            keep_for_ever((self._slots, self._graphs))
             self._dead = DeviceFailed(f"{self.name} failed for good: {first_line(error)}")
+
+    def _look_at_retries(self) -> None:
+        """What the allocator does not tell is told in the log, now and then."""
+        self._until_look -= 1
+        if self._until_look:
+            return
+        self._until_look = RETRIES_EVERY
+        retries, before = self._streams.allocation_retries(), self._retries
+        if retries > before:
+            self._retries = retries
+            log.warning(
+                "the GPU's memory was short: the allocator stopped the GPU to give back what it did not use",
+                extra={"retries": retries - before, "batches": RETRIES_EVERY},
+            )
 
     # ---- start and end
 
@@ -394,16 +419,3 @@ class Clock:
             Span("compute stream", "compute", at(marks.began), at(marks.computed)),
             Span("d2h stream", "d2h", at(marks.leaving), staged_s + lasted),
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """The allocator has a type for it; the libraries below it have only words."""
-    if isinstance(error, torch.OutOfMemoryError | OutOfMemory):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what torch says, which adds pages of advice."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

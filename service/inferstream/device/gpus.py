@@ -13,6 +13,9 @@ from inferstream.errors import SettingsError
 GIB = 1 << 30
 BFLOAT16_FROM = (8, 0)  # compute capability (Ampere); older GPUs only emulate it
 
+WEIGHTS_SHARE = 0.8
+"""Of a GPU's free memory, how much may be weights where there are other GPUs; the rest is for batches."""
+
 
 def gpu_of(device: str) -> int | None:
     """The index of the GPU that ``model.device`` names (``cuda`` is the first); None: the CPU.
@@ -76,17 +79,19 @@ def weights_bytes(model: Any) -> int:
 def gpus_for(model: Any, index: int, *, any_gpus: bool) -> dict[int, int]:
     """The GPUs that a model (a torch module, still in host memory) runs on, with their free bytes.
 
-    The one of ``index``, or all that the process sees if it is too small for the weights and ``any_gpus``: nobody asked
-    for that one.  Raises SettingsError if it is too small and there is no other way.
+    The one of ``index``, or all that the process sees if the weights would leave too little of it for batches and
+    ``any_gpus``: nobody asked for that one.  Raises SettingsError if it is too small for the weights themselves and
+    there is no other way.
     """
     import torch
 
     weights = weights_bytes(model)
     free, total = torch.cuda.mem_get_info(index)
-    if weights <= free:
-        return {index: free}
     count = torch.cuda.device_count()
-    if any_gpus and count > 1:
+    others_too = any_gpus and count > 1
+    if weights <= (WEIGHTS_SHARE * free if others_too else free):
+        return {index: free}
+    if others_too:
         return {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in range(count)}
     others = " or another one, or set model.device to auto to spread the model over all" if count > 1 else ""
     raise SettingsError(

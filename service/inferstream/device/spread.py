@@ -19,16 +19,12 @@ import numpy as np
 import torch
 
 from inferstream.device.cpu import CpuDevice
-from inferstream.device.cuda import first_line, is_out_of_memory
+from inferstream.device.failures import first_line, is_out_of_memory
 from inferstream.device.forward import Forward
-from inferstream.device.gpus import GIB, weights_bytes
+from inferstream.device.gpus import GIB, WEIGHTS_SHARE, weights_bytes
 from inferstream.errors import DeviceFailed, OutOfMemory, SettingsError
 
 log = logging.getLogger(__name__)
-
-WEIGHTS_SHARE = 0.8
-"""Of a GPU's free memory, how much may be weights; the rest is for batches."""
-
 
 SAME_COSINE = 0.99
 """What a vector of the spread model and of the same in host memory have at least in common: bfloat16 rounds."""

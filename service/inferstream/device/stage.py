@@ -144,10 +144,14 @@ class DeviceStage:
     def close(self, timeout_s: float) -> None:
         """End the threads; a batch that does not end within ``timeout_s`` is abandoned (daemon threads)."""
         self._launches.put(None)
-        closer = threading.Thread(target=self._device.close, name="device-closer", daemon=True)
+        closer = threading.Thread(target=self._close_device, name="device-closer", daemon=True)
         closer.start()
         for thread in (closer, *self._threads):
             thread.join(timeout_s)
+
+    def _close_device(self) -> None:
+        self._threads[0].join()  # batches that wait for the launcher come before the device's end
+        self._device.close()
 
     def _launcher(self) -> None:
         while (work := self._launches.get()) is not None:

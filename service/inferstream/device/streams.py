@@ -79,6 +79,15 @@ class Streams(Protocol):
         """Wait until the whole GPU has done all it was given, on every stream.  Only before the first batch."""
         ...
 
+    def run_unwaited(self, work: Callable[[], None]) -> None:
+        """Run ``work`` on the compute stream; raises RuntimeError where it waits for the GPU.
+
+        Only before the first batch.  What waits cannot be recorded, and PyTorch's allocator does not get over the
+        attempt: before 2.12 (pull request 180395) a capture that fails at its end leaves the allocator believing that
+        it goes on.
+        """
+        ...
+
     def capture(self, work: Callable[[], None]) -> Graph:
         """Record what ``work`` launches on the compute stream; nothing is computed.
 
@@ -96,6 +105,13 @@ class Streams(Protocol):
 
     def give_back_memory(self) -> None:
         """Give the allocator's unused memory back.  The GPU may have to end its work first."""
+        ...
+
+    def allocation_retries(self) -> int:
+        """How often the allocator found no memory, gave back all it did not use and tried again, since the start.
+
+        It tells nobody, and the whole GPU ends its work meanwhile.
+        """
         ...
 
 
@@ -157,6 +173,15 @@ class CudaStreams:
     def settle(self) -> None:
         torch.cuda.synchronize(self._device)
 
+    def run_unwaited(self, work: Callable[[], None]) -> None:
+        # Untyped functions.  The mode is the process's: nobody else uses the GPU before the first batch.
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.compute.run(work)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
     def capture(self, work: Callable[[], None]) -> Graph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self.compute.stream), torch.inference_mode():
@@ -184,3 +209,6 @@ class CudaStreams:
 
     def give_back_memory(self) -> None:
         torch.cuda.empty_cache()
+
+    def allocation_retries(self) -> int:
+        return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))

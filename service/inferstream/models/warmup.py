@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import orjson
 
 from inferstream.device import Runner
 from inferstream.documents import Document, Prepared
@@ -66,6 +65,8 @@ def sample_documents() -> list[Document]:
 
 
 def _measure(task: Task, runner: Runner) -> Costs:
+    import orjson  # what is else in this module serves tests/gpu, which does without it
+
     runner.enter_thread()
     documents = sample_documents()
     prepared = [answer for answer in task.prepare(documents) if isinstance(answer, Prepared)]

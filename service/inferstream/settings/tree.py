@@ -443,7 +443,7 @@ class DeviceSection(Section):
     one batch, and makes every document wait for one more.  No effect on the CPU."""
 
     cuda_graphs: Annotated[int, Field(ge=0, le=1024)] = 64
-    """On a GPU, how many CUDA graphs are recorded at start, for small batches; 0 for none.
+    """On a GPU, how many CUDA graphs are recorded at start, for small and for full batches; 0 for none.
 
     A graph launches a whole forward at once, which matters where the GPU is faster than the host that feeds it.
     Each takes some of the GPU's memory and time at start.  A model that has to be padded runs without."""
