@@ -1,4 +1,5 @@
-"""``python helm/schema.py`` writes helm/inferstream/values.schema.json; ``--check`` says whether it is current.
+"""``python helm/schema.py`` writes helm/inferstream/values.schema.json, and what the templates refuse values by to
+templates/_generated.tpl; ``--check`` says whether they are current.
 
 Nothing in it is written twice: names and types are those of values.yaml, descriptions its ``# --`` comments, `config`
 is the service's own settings tree, and RULES below says what a type alone cannot.  JSON Schema draft 7, as Helm 3
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,47 @@ from inferstream.settings import SETTINGS, json_schema
 
 CHART = Path(__file__).resolve().parent / "inferstream"
 SCHEMA = CHART / "values.schema.json"
+TEMPLATE = CHART / "templates" / "_generated.tpl"
 RULES_FILE = CHART.parent.parent / "ops" / "prometheus" / "rules.yml"
 
 QUANTITY = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?([KMGTPE]i|[kMGTPE])?$"}
 DURATION = {"type": "string", "pattern": r"^([0-9]+(ms|s|m|h))*$"}
+# The pods' resources, where numbers are as good as texts.
+RESOURCE = {
+    "type": ["string", "number"],
+    "minimum": 0,
+    "pattern": r"^[0-9]+(\.[0-9]+)?(m|[KMGTPE]i|[kMGTPE])?$",
+}
+RESOURCE_NAME = r"^(cpu|memory|ephemeral-storage|hugepages-[0-9]+[KMGTPE]i|[a-z0-9.-]+/[a-zA-Z0-9._-]+)$"
+# Names are patterns and no `propertyNames`, for which Helm tells another path than that of the value.
+RESOURCE_LIST = {
+    "type": "object",
+    "additionalProperties": False,
+    "patternProperties": {RESOURCE_NAME: RESOURCE},
+}
+RESOURCES = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "requests": RESOURCE_LIST,
+        "limits": RESOURCE_LIST,
+        "claims": {"type": "array", "items": {"type": "object"}},
+    },
+}
 OBJECT_NAME = {"type": "string", "pattern": r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$", "maxLength": 253}
 LABEL_NAME = {"type": "string", "pattern": r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?)?$"}
 SECRET_KEY = {"type": "string", "pattern": r"^[-._a-zA-Z0-9]+$"}
 SECRET_KEY_OR_NONE = {"type": "string", "pattern": r"^[-._a-zA-Z0-9]*$"}
 PULL_POLICY = {"enum": ["Always", "IfNotPresent", "Never"]}
 TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+LABEL = r"[a-zA-Z0-9]([-a-zA-Z0-9_.]{0,61}[a-zA-Z0-9])?"
+LABELS = {
+    "type": "object",
+    "additionalProperties": False,
+    "patternProperties": {
+        rf"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?{LABEL}$": {"type": "string", "pattern": f"^({LABEL})?$"}
+    },
+}
 ANY_OBJECT = {"type": "object"}
 OBJECTS = {"type": "array", "items": {"type": "object"}}
 COUNT = {"type": "integer", "minimum": 0}
@@ -71,11 +104,6 @@ VARIABLE = {
 # Path in values.yaml → what is to be said of it.  A fragment replaces what its default value tells.
 RULES: dict[str, dict[str, Any]] = (
     {
-        # A tag or a digest has its own value.
-        "image.repository": {
-            "type": "string",
-            "pattern": r"^([a-zA-Z0-9.-]+(:[0-9]+)?/)?([a-z0-9]+([._/-]+[a-z0-9]+)*)?$",
-        },
         "image.tag": {"type": "string", "pattern": r"^([a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?$"},
         "image.digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
         "image.pullPolicy": PULL_POLICY,
@@ -86,7 +114,7 @@ RULES: dict[str, dict[str, Any]] = (
         "image.command": {"type": "array", "items": {"type": "string"}},
         "nameOverride": LABEL_NAME,
         "fullnameOverride": LABEL_NAME,
-        "commonLabels": TEXTS,
+        "commonLabels": LABELS,
         "workload.kind": {"enum": ["Deployment", "StatefulSet"]},
         "workload.replicas": COUNT,
         "workload.strategy": {"enum": ["RollingUpdate", "Recreate"]},
@@ -123,32 +151,28 @@ RULES: dict[str, dict[str, Any]] = (
         "model.download.image": {"type": "string", "minLength": 1},
         "model.download.pullPolicy": PULL_POLICY,
         "model.download.extraArgs": {"type": "array", "items": {"type": "string"}},
-        "model.download.resources": ANY_OBJECT,
+        "model.download.resources": RESOURCES,
         "gpu.count": POSITIVE,
         "gpu.resourceName": {"type": "string", "pattern": r"^[a-z0-9.-]+/[a-zA-Z0-9._-]+$"},
         "gpu.runtimeClassName": OBJECT_NAME,
-        "resources": {
-            "type": "object",
-            "additionalProperties": False,
-            "properties": {"requests": ANY_OBJECT, "limits": ANY_OBJECT, "claims": OBJECTS},
-        },
+        "resources": RESOURCES,
         "shm.sizeLimit": QUANTITY,
         "scratch.tmpSizeLimit": QUANTITY,
         "scratch.cacheSizeLimit": QUANTITY,
-        "nodeSelector": TEXTS,
+        "nodeSelector": LABELS,
         "dnsPolicy": {"enum": ["", "ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"]},
         "podSecurityContext": ANY_OBJECT,
         "securityContext": ANY_OBJECT,
         "podAnnotations": TEXTS,
-        "podLabels": TEXTS,
+        "podLabels": LABELS,
         "serviceAccount.name": OBJECT_NAME,
         "serviceAccount.annotations": TEXTS,
         "service.annotations": TEXTS,
-        "service.labels": TEXTS,
-        "metrics.prometheusRule.labels": TEXTS,
+        "service.labels": LABELS,
+        "metrics.prometheusRule.labels": LABELS,
         "metrics.prometheusRule.runbookUrl": {"type": "string", "pattern": r"^(https?://[^\s#]+#?)?$"},
         "metrics.prometheusRule.disabled": {"type": "array", "items": {"enum": ALERTS}},
-        "metrics.dashboards.labels": TEXTS,
+        "metrics.dashboards.labels": LABELS,
         "metrics.dashboards.annotations": TEXTS,
         "metrics.dashboards.namespace": LABEL_NAME,
         "keda.minReplicaCount": COUNT,
@@ -168,9 +192,11 @@ RULES: dict[str, dict[str, Any]] = (
             "type": "object",
             "additionalProperties": False,
             "properties": {
-                "name": OBJECT_NAME,
+                "name": {**OBJECT_NAME, "minLength": 1},
                 "kind": {"enum": ["TriggerAuthentication", "ClusterTriggerAuthentication"]},
             },
+            "if": {"minProperties": 1},
+            "then": {"required": ["name"]},
         },
         "keda.fallback": {
             "type": "object",
@@ -197,7 +223,7 @@ RULES: dict[str, dict[str, Any]] = (
         },
         "topics.partitions": POSITIVE_OR_NONE,
         "topics.replication": POSITIVE_OR_NONE,
-        "topics.resources": ANY_OBJECT,
+        "topics.resources": RESOURCES,
         "topics.annotations": TEXTS,
         "extraEnv": {"type": "array", "items": VARIABLE},
         "extraObjects": {"type": "array", "items": {"type": ["object", "string"]}},
@@ -205,7 +231,7 @@ RULES: dict[str, dict[str, Any]] = (
     | {
         f"metrics.{monitor}.{name}": rule
         for monitor in ("serviceMonitor", "podMonitor")
-        for name, rule in (("interval", DURATION), ("scrapeTimeout", DURATION), ("labels", TEXTS))
+        for name, rule in (("interval", DURATION), ("scrapeTimeout", DURATION), ("labels", LABELS))
     }
     | {
         f"probes.{probe}.{name}": POSITIVE
@@ -224,6 +250,22 @@ EXCLUSIONS: dict[str, dict[str, Any]] = {
         "then": {"properties": {"allowIdleConsumers": FALSE, "ensureEvenDistributionOfPartitions": FALSE}},
     }
 }
+
+# Whole parts of objects that one may want to be without, which only a null can say.
+MAY_BE_NULL = (
+    "podSecurityContext",
+    "securityContext",
+    "keda.fallback",
+    "keda.behavior",
+    "autoscaling.behavior",
+    "resources.requests",
+    "resources.limits",
+    "model.download.resources.requests",
+    "model.download.resources.limits",
+    "topics.resources.requests",
+    "topics.resources.limits",
+    "metrics.dashboards.labels.grafana_dashboard",
+)
 
 # Values that Helm itself puts into a chart that is a part of another.
 OF_PARENT_CHARTS = {
@@ -308,14 +350,69 @@ def _config() -> dict[str, Any]:
     return schema
 
 
+def not_null() -> dict[str, dict[str, Any]]:
+    """Path → how a null is refused: whether the value is always there, and what may be given in its place.
+
+    Mappings and lists, and the texts and numbers that the templates rely on.  Settings, and sections that values.yaml
+    has no defaults of, are left to the service, for which a null says nothing; but an emptied `security` must not pass
+    for a decision to go without.
+    """
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    found = {
+        path: {"hasDefault": True, "orGive": _instead(value)}
+        for path, value in _values(values, "")
+        if value not in (None, "")
+        and not path.startswith(MAY_BE_NULL)
+        and (isinstance(value, dict) or not path.startswith("config."))
+    }
+    return {**found, "config.kafka.security": {"hasDefault": False, "orGive": _instead({})}}
+
+
+def _values(values: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        yield f"{path}{name}", value
+        if isinstance(value, dict):
+            yield from _values(value, f"{path}{name}.")
+
+
+def _instead(value: Any) -> str:
+    return (
+        " or give it {}" if isinstance(value, dict) else " or give it []" if isinstance(value, list) else ""
+    )
+
+
+def template() -> str:
+    """The values that must not be null, and what the items of a list must be, which may be a text with commas."""
+    items = {
+        key: f"^({setting.pattern})$"
+        for key, setting in SETTINGS.items()
+        if setting.is_list and setting.pattern
+    }
+    return (
+        "{{/* Generated by helm/schema.py from values.yaml and the settings. */}}\n"
+        f"{_define('inferstream.notNull', not_null())}\n{_define('inferstream.itemPatterns', items)}"
+    )
+
+
+def _define(name: str, values: dict[str, Any]) -> str:
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
+    return f'{{{{- define "{name}" -}}}}\n{{\n{lines}\n}}\n{{{{- end }}}}\n'
+
+
 def main() -> int:
-    text = json.dumps(values_schema(), indent=1, ensure_ascii=False) + "\n"
+    texts = {
+        SCHEMA: json.dumps(values_schema(), indent=1, ensure_ascii=False) + "\n",
+        TEMPLATE: template(),
+    }
+    old = [
+        file for file, text in texts.items() if not file.is_file() or file.read_text(encoding="utf-8") != text
+    ]
     if sys.argv[1:] == ["--check"]:
-        if not SCHEMA.is_file() or SCHEMA.read_text(encoding="utf-8") != text:
-            print(f"{SCHEMA} is not current: run make chart", file=sys.stderr)
-            return 1
-        return 0
-    SCHEMA.write_text(text, encoding="utf-8")
+        for file in old:
+            print(f"{file} is not current: run make chart", file=sys.stderr)
+        return 1 if old else 0
+    for file in old:
+        file.write_text(texts[file], encoding="utf-8")
     return 0
 
 

@@ -130,22 +130,6 @@ def names_of(each: dict[str, Any]) -> list[str]:
     return [entry["name"] for entry in each.get("env", ())]
 
 
-def test_environment_when_a_members_name_is_given_then_what_is_made_of_it_follows_it() -> None:
-    names = names_of(
-        render(
-            "{workload: {kind: StatefulSet}, config: {delivery: {guarantee: exactly-once}}}",
-            "extraEnv: [{name: POD, value: a}, {name: INFERSTREAM_KAFKA__GROUP_INSTANCE_ID, value: b-$(POD)}]",
-        ).worker
-    )
-
-    # Kubernetes puts in only what stands before.
-    assert names[-3:] == [
-        "POD",
-        "INFERSTREAM_KAFKA__GROUP_INSTANCE_ID",
-        "INFERSTREAM_KAFKA__TRANSACTIONAL_ID",
-    ]
-
-
 # ---- rollouts and ends
 
 

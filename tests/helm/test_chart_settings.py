@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ SAMPLES: dict[str, Any] = {
     "kafka.heartbeat_interval_ms": 2500,
     "kafka.request_timeout_ms": 90_000,
     "kafka.fetch_max_bytes": 33_554_432,
-    "kafka.security.protocol": "SSL",
+    "kafka.security.protocol": "SASL_SSL",
+    "kafka.security.mechanism": "SCRAM-SHA-256",
     "input.topics": ["one", "two"],
     "model.device": "cpu",
+    "model.dtype": "bfloat16",
     "telemetry.host": "::",
     "telemetry.port": 8080,
     "delivery.guarantee": "at-least-once",
@@ -55,10 +58,10 @@ def sample(setting: Setting) -> Any:
     return f"/{setting.key}" if setting.key.endswith("_field") else setting.key.replace(".", "-")
 
 
-def load(text: str, folder: Path) -> Loaded:
+def load(text: str, folder: Path, environ: Mapping[str, str] | None = None) -> Loaded:
     file = folder / "config.yaml"
     file.write_text(text)
-    return load_settings([file], {}, require=False)
+    return load_settings([file], environ or {}, image_file=folder / "none.yaml")
 
 
 def tree_of(key: str, value: Any) -> dict[str, Any]:
@@ -71,13 +74,14 @@ def test_settings_when_each_is_given_in_values_then_the_worker_reads_just_that(t
     chosen = {
         key: sample(setting)
         for key, setting in SETTINGS.items()
-        if not setting.is_secret and key not in NOT_BY_CONFIG and not key.startswith("kafka.security.")
+        if not setting.is_secret and key not in NOT_BY_CONFIG
     }
     text = render(*({"config": tree_of(key, value)} for key, value in chosen.items())).config
 
     settings = load(text, tmp_path).settings
 
-    assert {key: value_of(settings, key) for key in chosen} == chosen
+    read = {key: value_of(settings, key) for key in chosen}
+    assert {key: str(value) if isinstance(value, Path) else value for key, value in read.items()} == chosen
 
 
 def test_schema_when_a_key_is_a_setting_then_it_is_in_it_with_its_manual() -> None:
@@ -97,23 +101,20 @@ def test_matrix_when_its_settings_are_loaded_by_the_service_then_they_are_known(
     name: str, tmp_path: Path
 ) -> None:
     objects = render(yaml.safe_load(MATRIX[name].read_text()), base={})
-    security = [key for key in SETTINGS if key.startswith("kafka.security.")]
+    # What only the cluster knows: a name, a Secret's key.
+    given = {
+        variable: value if isinstance(value, str) else "kafka:9092"
+        for variable, value in env_of(objects.worker).items()
+        if variable in {setting.variable for setting in SETTINGS.values()}
+    }
 
-    loaded = load_settings_without(security, objects.config, tmp_path)
+    settings = load(objects.config, tmp_path, given).settings
 
-    assert loaded.settings.telemetry.host == "0.0.0.0"
-    assert (
-        value_of(loaded.settings, "delivery.drain_timeout_s") + 15
-        <= objects.pod["terminationGracePeriodSeconds"]
-    )
-
-
-def load_settings_without(keys: list[str], text: str, folder: Path) -> Loaded:
-    """Load a settings file, leaving out what this version may not carry out yet; the names are checked before."""
-    tree = yaml.safe_load(text)
-    given = tree.get("kafka", {}).pop("security", {})
-    assert {f"kafka.security.{name}" for name in given} <= set(keys)
-    return load(yaml.safe_dump(tree), folder)
+    assert settings.telemetry.host == "0.0.0.0"
+    assert settings.delivery.drain_timeout_s + 15 <= objects.pod["terminationGracePeriodSeconds"]
+    security = settings.kafka.security
+    mounted = {mount["name"] for mount in objects.worker["volumeMounts"]}
+    assert (security.protocol == "PLAINTEXT") == ("kafka" not in mounted)
 
 
 def test_environment_when_rendered_then_every_setting_in_it_is_known() -> None:

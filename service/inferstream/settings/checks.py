@@ -15,6 +15,8 @@ REBALANCE_SHARE = 0.6  # and both together this share of the rebalance, which ot
 OF_TRANSACTIONS = ("kafka.transactional_id", "delivery.transaction_timeout_ms")
 TRANSACTION_SHARE = 3  # a tick may take a third of the transaction's timeout, and ending it half of it
 
+REFUSED_CHOICES = ("OAUTHBEARER",)  # known, so that they are refused with a reason
+
 _PASSWORD_VARIABLE = SETTINGS["kafka.security.password"].variable
 
 
@@ -112,11 +114,11 @@ def _security(settings: Settings) -> Iterator[Conflict]:
     security = settings.kafka.security
     sasl = security.protocol.startswith("SASL_")
     tls = security.protocol.endswith("SSL")
-    if security.mechanism == "OAUTHBEARER":
+    if security.mechanism in REFUSED_CHOICES:
         yield _about(
             "mechanism",
-            text="OAUTHBEARER is not in this version, as Kafka's client takes tokens only from code: use PLAIN, "
-            "SCRAM-SHA-256, SCRAM-SHA-512 or a client certificate",
+            text=f"{security.mechanism} is not in this version, as Kafka's client takes tokens only from code: use "
+            "PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 or a client certificate",
         )
         return
     if security.password is not None and security.password_file is not None:

@@ -13,7 +13,7 @@ import annotated_types
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
-from inferstream.settings.tree import Auto, Section, Settings
+from inferstream.settings.tree import Auto, Pattern, Section, Settings
 
 PREFIX = "INFERSTREAM_"
 REQUIRED = ("kafka.bootstrap_servers", "input.topics", "output.topic")  # by `run`
@@ -21,7 +21,8 @@ REQUIRED = ("kafka.bootstrap_servers", "input.topics", "output.topic")  # by `ru
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One leaf of the tree.  ``type`` is its type without None; ``choices`` is empty unless it is closed."""
+    """One leaf of the tree.  ``type`` is its type without None; ``choices`` is empty unless it is closed;
+    ``pattern`` is what a text, or each item of a list, must match as a whole."""
 
     key: str
     type: Any
@@ -30,6 +31,7 @@ class Setting:
     auto: str | None
     bounds: tuple[float | None, float | None]
     above: float | None
+    pattern: str | None
     doc: str
 
     @property
@@ -131,7 +133,7 @@ def _leaf(key: str, field: FieldInfo) -> Setting:
         metadata += inner.__metadata__
         inner = get_args(inner)[0]
     low = high = above = None
-    auto = None
+    auto = pattern = None
     for entry in metadata:
         for part in entry.metadata if isinstance(entry, FieldInfo) else (entry,):
             if isinstance(part, annotated_types.Ge):
@@ -142,6 +144,8 @@ def _leaf(key: str, field: FieldInfo) -> Setting:
                 above = part.gt
             elif isinstance(part, Auto):
                 auto = part.how
+            elif isinstance(part, Pattern):
+                pattern = part.regex
     choices = tuple(get_args(inner)) if get_origin(inner) is Literal else ()
     return Setting(
         key=key,
@@ -151,6 +155,7 @@ def _leaf(key: str, field: FieldInfo) -> Setting:
         auto=auto,
         bounds=(low, high),  # type: ignore[arg-type]  # annotated_types bounds are "anything comparable"
         above=above,  # type: ignore[arg-type]
+        pattern=pattern,
         doc=field.description or "",
     )
 

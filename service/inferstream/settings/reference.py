@@ -6,6 +6,7 @@ import shutil
 import textwrap
 from typing import Any
 
+from inferstream.settings.checks import REFUSED_CHOICES
 from inferstream.settings.keys import SETTINGS, Setting
 from inferstream.settings.tree import Section, Settings
 
@@ -118,13 +119,17 @@ def _schema_of_leaf(setting: Setting) -> dict[str, Any]:
     if setting.default not in (None, "", []):
         schema["default"] = setting.default
     if setting.choices:
-        return {**schema, "enum": [*setting.choices, None]}
+        choices = [choice for choice in setting.choices if choice not in REFUSED_CHOICES]
+        return {**schema, "enum": [*choices, None]}
+    text = {"type": "string", "minLength": 1}
+    if setting.pattern:
+        text["pattern"] = f"^({setting.pattern})$"
     if setting.is_list:
-        return {**schema, "type": ["array", "string", "null"], "items": {"type": "string", "minLength": 1}}
+        return {**schema, "type": ["array", "string", "null"], "items": text}
     if setting.type is bool:
         return {**schema, "type": ["boolean", "null"]}
     if setting.type is not int and setting.type is not float:
-        return {**schema, "type": ["string", "null"], "minLength": 1}
+        return {**schema, **text, "type": ["string", "null"]}
     low, high = setting.bounds
     bounds = {"minimum": low, "maximum": high, "exclusiveMinimum": setting.above}
     number = {

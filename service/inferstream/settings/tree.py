@@ -28,6 +28,24 @@ class Auto:
     how: str
 
 
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """What a text, or each item of a list, must be, for the JSON Schema: a regular expression for the whole of it, in
+    what Python, ECMAScript and RE2 have in common."""
+
+    regex: str
+
+
+_OF_TOPIC = "[a-zA-Z0-9._-]"
+TOPIC = Pattern(
+    rf"[a-zA-Z0-9_-]{_OF_TOPIC}{{0,248}}|\.[a-zA-Z0-9_-]{_OF_TOPIC}{{0,247}}|\.\.{_OF_TOPIC}{{1,247}}"
+)
+POINTER = Pattern(r"/([^~]|~[01])*")
+PORT = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+SERVER = Pattern(rf"embedded|(\[[0-9a-fA-F:.]+\]|[^\s,:/\[\]]+):({PORT})")
+DEVICE = Pattern("auto|cpu|cuda(:[0-9]{1,3})?")
+
+
 def topic_name(name: str) -> str:
     if not re.fullmatch(r"[a-zA-Z0-9._-]+", name) or name in (".", ".."):
         raise ValueError("must be a topic name: letters, digits, '.', '_' and '-', and not '.' or '..'")
@@ -65,21 +83,20 @@ def _servers(servers: list[str]) -> list[str]:
             raise ValueError("must be 'embedded' alone, or HOST:PORT, not both")
         if "://" in server:
             raise ValueError(f"must be HOST:PORT without a scheme, as in localhost:9092 (got {server!r})")
-        match = re.fullmatch(r"(?:\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(\d{1,5})", server)
-        if match is None or not 0 < int(match[1]) <= 65535:
+        if not re.fullmatch(SERVER.regex, server):
             raise ValueError(f"must be HOST:PORT, as in localhost:9092 (got {server!r})")
     return servers
 
 
 def _device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+    if not re.fullmatch(DEVICE.regex, name):
         raise ValueError("must be auto, cpu, cuda or cuda:N, as in cuda:1")
     return name
 
 
 Text = Annotated[str, Field(min_length=1)]
 Topic = Annotated[str, AfterValidator(topic_name)]
-Pointer = Annotated[str, AfterValidator(_pointer)]
+Pointer = Annotated[str, AfterValidator(_pointer), POINTER]
 
 
 class Section(BaseModel):
@@ -141,7 +158,7 @@ class Security(Section):
 
 
 class Kafka(Section):
-    bootstrap_servers: Annotated[list[str], AfterValidator(_servers)] = []
+    bootstrap_servers: Annotated[list[str], AfterValidator(_servers), SERVER] = []
     """The first brokers to ask, as HOST:PORT; required.  ``embedded`` starts a broker inside the process,
     which lives no longer than it and forgets its oldest records: for demonstrations.
 
@@ -234,7 +251,7 @@ class Kafka(Section):
 
 
 class Input(Section):
-    topics: Annotated[list[Topic], AfterValidator(_distinct)] = []
+    topics: Annotated[list[Topic], AfterValidator(_distinct), TOPIC] = []
     """The topics to read documents from; required.
 
     They must exist.  All are read with the same ``input.*`` settings."""
@@ -280,7 +297,7 @@ class Input(Section):
 
 
 class Output(Section):
-    topic: Annotated[str, AfterValidator(_topic_or_unset)] = ""
+    topic: Annotated[str, AfterValidator(_topic_or_unset), TOPIC] = ""
     """The topic that results go to; required.
 
     It must exist and be none of ``input.topics``.  With as many partitions as the input topic, a result keeps
@@ -307,7 +324,7 @@ class Output(Section):
 
 
 class DeadLetter(Section):
-    topic: Annotated[str, AfterValidator(_topic_or_unset), Auto("`<output.topic>.dead-letters`")] = ""
+    topic: Annotated[str, AfterValidator(_topic_or_unset), TOPIC, Auto("`<output.topic>.dead-letters`")] = ""
     """The topic for documents that get no result, with the reason in the headers.
 
     It must exist, must not be compacted (it would lose dead letters that share a key), and must accept
@@ -343,7 +360,9 @@ class Model(Section):
     task: Literal["embed"] = "embed"
     """What the model is asked for.  ``embed``: one vector per document."""
 
-    device: Annotated[str, AfterValidator(_device), Auto("cuda where there is one, else cpu")] = "auto"
+    device: Annotated[str, AfterValidator(_device), DEVICE, Auto("cuda where there is one, else cpu")] = (
+        "auto"
+    )
     """Where the model runs: ``auto``, ``cpu``, ``cuda`` (the first GPU) or ``cuda:N``.
 
     ``auto`` takes the first GPU if there is an NVIDIA driver and torch can use it.  A GPU that is asked for and
