@@ -1,4 +1,4 @@
-"""Every relative link of the documentation leads to a file that is there, and to a heading of it."""
+"""Every relative link of the documentation leads to a file and a heading that exist; the tests it names exist."""
 
 from __future__ import annotations
 
@@ -50,6 +50,20 @@ def wrong(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_when_followed_then_each_leads_somewhere(page: Path) -> None:
     assert not wrong(page)
+
+
+def test_tests_when_named_as_proof_then_they_exist() -> None:
+    existing = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in (
+            file.stem,
+            *re.findall(r"^ *(?:async )?def (test_\w+)\(", file.read_text(), re.MULTILINE),
+        )
+    }
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    assert len(named) > 50
+    assert sorted(named - existing) == []
 
 
 def test_links_when_broken_then_it_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

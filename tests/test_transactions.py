@@ -49,6 +49,7 @@ class Broker:
     pending: dict[TopicPartition, int] = field(default_factory=dict)
     producers: list[Producer] = field(default_factory=list)
     commits: int = 0
+    instances: set[str | None] = field(default_factory=set)  # that offsets came with
 
     def of(self, topic: str = "out") -> list[int]:
         return [int(value) for name, _, value in self.visible if name == topic]
@@ -102,6 +103,7 @@ class Producer:
         await asyncio.sleep(0)
         still()
         self._step("offsets")
+        self._broker.instances.add(instance)
         self._broker.pending = {tp: offset for tp, (offset, _) in offsets.items()}
 
     async def commit(self) -> None:
@@ -183,9 +185,10 @@ async def build(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Build]:
     monkeypatch.setattr(sink_module, "ERROR_BACKOFF_S", 0.01)
     made: list[Transactions] = []
 
-    async def make(fail: Callable[[str, Any], BaseException | None] | None = None) -> Stage:
+    async def make(fail: Callable[[str, Any], BaseException | None] | None = None, **kafka: str) -> Stage:
         broker = Broker() if fail is None else Broker(fail)
         flags = {
+            **{f"kafka.{name}": value for name, value in kafka.items()},
             "kafka.bootstrap_servers": "broker:1",
             "input.topics": "in",
             "output.topic": "out",
@@ -236,6 +239,16 @@ async def test_tick_when_all_is_well_then_results_and_offsets_are_visible_and_sl
     assert sorted(stage.broker.of()) == [0, 0, 1, 1, 2, 2, 3, 4]
     assert len(stage.listener.settled) == 8 and not len(stage.lanes[0])
     assert await stage.settle() == {} and stage.broker.commits == 1
+
+
+@pytest.mark.parametrize("instance", [None, "pod-0"])
+async def test_offsets_when_the_member_is_static_then_they_come_with_its_instance(
+    build: Build, instance: str | None
+) -> None:
+    stage = await (build() if instance is None else build(group_instance_id=instance))
+    stage.release(0, 1)
+    await stage.settle()
+    assert stage.broker.instances == {instance}
 
 
 async def test_slots_when_their_transaction_is_not_committed_then_they_keep_their_result(

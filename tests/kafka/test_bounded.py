@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import start_broker
 from tests.support.broker import Broker
-from tests.support.memory import CASES, MIB, Growth
+from tests.support.memory import CASES, MIB, Growth, stopped_device
 
 
 @pytest.fixture(scope="module")
@@ -33,5 +33,17 @@ async def test_memory_when_something_stops_or_pours_then_it_stays_within_the_con
     broker: Broker, tmp_path: Path, case: str
 ) -> None:
     for growth in await CASES[case](broker, tmp_path / "worker"):
+        print(story(growth))
+        assert growth.within, story(growth)
+
+
+@pytest.mark.kafka
+@pytest.mark.timeout(240)
+async def test_memory_when_results_wait_for_their_transactions_then_it_stays_within_the_configured_bound(
+    broker: Broker, tmp_path: Path
+) -> None:
+    # Results keep their credit until they are committed: all that there is credit for waits in a transaction.
+    delivery = {"guarantee": "exactly-once", "commit_interval_ms": 1000}
+    for growth in await stopped_device(broker, tmp_path / "worker", {"delivery": delivery}):
         print(story(growth))
         assert growth.within, story(growth)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 
 from tests.kafka.test_killed_in_the_middle import caught_up, until
+from tests.kafka.test_rebalances import GUARANTEES
 from tests.support.client import Kafka
 from tests.support.judge import judge
 from tests.support.worker import Worker, settings
 
 ABORTED = -6
 DEADLY = "the text that no process survives"
+CAUTION = "one document at a time"
 
 
 async def topics_with(kafka: Kafka, name: str, texts: list[str]) -> tuple[str, str, str]:
@@ -29,17 +32,23 @@ async def topics_with(kafka: Kafka, name: str, texts: list[str]) -> tuple[str, s
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("guarantee", GUARANTEES)
 async def test_document_when_it_kills_the_process_then_it_alone_is_dead_lettered(
-    kafka: Kafka, launch: Callable[..., Worker]
+    kafka: Kafka, launch: Callable[..., Worker], guarantee: str
 ) -> None:
     texts = [f"document {n}" for n in range(200)]
-    texts[60] = texts[61] = DEADLY  # two in a row: each is found by itself
+    deadly = [60, 61] if guarantee == "at-least-once" else [60]  # two in a row: each is found by itself
+    for n in deadly:
+        texts[n] = DEADLY
     source, target, group = await topics_with(kafka, "deadly", texts)
-    # The next process has the dead one's identity, and need not wait for its session to end.
-    changes = {"delivery": {"max_crash_attempts": 2}, "kafka": {"group_instance_id": "the only one"}}
-    tree = settings(kafka.bootstrap, source, target, group, changes)
+    # The next process has the dead one's identities, and need not wait for its session or transaction to end.
+    kafka_changes = {"group_instance_id": "the only one"}
+    if guarantee == "exactly-once":
+        kafka_changes["transactional_id"] = kafka.unique("deadly")
+    delivery = {"guarantee": guarantee, "max_crash_attempts": 2}
+    tree = settings(kafka.bootstrap, source, target, group, {"delivery": delivery, "kafka": kafka_changes})
 
-    deaths = 0  # for each of the two: once after progress, twice without, once alone
+    deaths = 0  # for each of them: once after progress, twice without, once alone
     while True:
         worker = launch(tree, module="tests.support.deadly", environ={"DEADLY_TEXTS": DEADLY})
         ended = await until(partial(over, kafka, group, source, worker), 60, "the worker to die or to finish")
@@ -51,13 +60,15 @@ async def test_document_when_it_kills_the_process_then_it_alone_is_dead_lettered
     assert await worker.ended(30) == 0, worker.stderr_text()[-2000:]
 
     letters = await kafka.read_all(f"{target}.dead-letters")
-    assert sorted(orjson.loads(letter.value)["id"] for letter in letters) == [60, 61]
+    assert sorted(orjson.loads(letter.value)["id"] for letter in letters) == deadly
     for letter in letters:
         headers = dict(letter.headers)
         assert headers["inferstream.error.reason"] == b"process_killed"
         assert letter.value == orjson.dumps({"id": orjson.loads(letter.value)["id"], "text": DEADLY})
     verdict = judge(await kafka.read_all(target), letters)
     assert verdict.missing(await kafka.end_offsets(source)) == []
+    if guarantee == "exactly-once":
+        assert verdict.repeats == 0 and all(len(runs) == 1 for runs in verdict.runs.values())
 
 
 async def over(kafka: Kafka, group: str, source: str, worker: Worker) -> Any:
@@ -67,17 +78,38 @@ async def over(kafka: Kafka, group: str, source: str, worker: Worker) -> Any:
     return "done" if await caught_up(kafka, group, source) else None
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("guarantee", GUARANTEES)
 async def test_attempts_when_workers_only_drain_are_not_counted(
-    kafka: Kafka, launch: Callable[..., Worker]
+    kafka: Kafka, launch: Callable[..., Worker], tmp_path: Path, guarantee: str
 ) -> None:
-    source, target, group = await topics_with(kafka, "drained", [f"document {n}" for n in range(20)])
-    tree = settings(kafka.bootstrap, source, target, group)
-    for _ in range(2):
-        worker = launch(tree)
-        await worker.says("assigned")
-        await until(partial(caught_up, kafka, group, source), 30, "everything to be committed")
-        worker.terminate()
-        assert await worker.ended(30) == 0, worker.stderr_text()[-2000:]
+    texts = [f"document {n}" for n in range(20)]
+    source, target, group = await topics_with(kafka, "drained", texts)
+    delivery = {"guarantee": guarantee, "max_crash_attempts": 1, "drain_timeout_s": 1}
+    tree = settings(kafka.bootstrap, source, target, group, {"delivery": delivery})
+    held = tmp_path / "held"
+    environ = {"HELD_TEXTS": "\n".join(texts), "HELD": str(held)}
 
-    assert {metadata for _, metadata in (await kafka.commits(group, source)).values()} == {"partitions=2"}
+    async def notes() -> set[str]:
+        return {metadata for _, metadata in (await kafka.commits(group, source)).values()}
+
+    async def in_work() -> bool:
+        return held.exists() and await notes() == {"partitions=2;attempts=1"}
+
+    async def put_back() -> bool:
+        return await notes() == {"partitions=2"}
+
+    for _ in range(3):  # each with documents in work, that it does not finish
+        worker = launch(tree, module="tests.support.deadly", environ=environ)
+        await until(in_work, 30, "documents to be on the device")
+        worker.terminate()
+        await until(put_back, 30, "what was noted before to be noted again")
+        held.unlink()
+        assert await worker.ended(30) == 6, worker.stderr_text()[-2000:]
+        assert CAUTION not in worker.stderr_text()
+    worker = launch(tree)
+    await until(partial(caught_up, kafka, group, source), 30, "everything to be committed")
+    worker.terminate()
+    assert await worker.ended(30) == 0, worker.stderr_text()[-2000:]
+    assert CAUTION not in worker.stderr_text()
+    assert await put_back()

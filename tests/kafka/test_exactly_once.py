@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -21,7 +20,7 @@ from tests.kafka.test_killed_in_the_middle import (
     results_so_far,
     until,
 )
-from tests.kafka.test_life_cycle import assert_one_line
+from tests.kafka.test_life_cycle import assert_one_line, drained
 from tests.support.client import Kafka
 from tests.support.judge import Verdict, judge
 from tests.support.worker import Worker, merged, settings
@@ -30,6 +29,11 @@ EXACTLY_ONCE = {"delivery": {"guarantee": "exactly-once"}}
 # The shortest transaction timeout: a killed worker's transaction holds its successor back for that long.
 SLOW_ONCE = merged(
     merged(SLOW, EXACTLY_ONCE), {"delivery": {"commit_interval_ms": 100, "transaction_timeout_ms": 3000}}
+)
+
+# What is released goes into one transaction that no tick closes in the time of a test.
+LEFT_OPEN = merged(
+    EXACTLY_ONCE, {"delivery": {"commit_interval_ms": 120_000, "transaction_timeout_ms": 600_000}}
 )
 
 
@@ -51,11 +55,6 @@ async def verdict_on(kafka: Kafka, source: str, target: str) -> Verdict:
 async def transaction_is_open(kafka: Kafka, target: str) -> bool:
     written = sum((await kafka.end_offsets(target, isolation="read_uncommitted")).values())
     return written > await results_so_far(kafka, target)
-
-
-async def drained(worker: Worker) -> None:
-    worker.terminate()
-    assert await worker.ended(40) == 0, worker.stderr_text()[-3000:]
 
 
 @pytest.mark.timeout(120)
@@ -131,43 +130,95 @@ async def test_results_when_drained_and_joined_by_others_then_each_is_visible_on
     await verdict_on(kafka, source, target)
 
 
-@pytest.mark.timeout(180)
-async def test_zombie_when_it_wakes_after_its_session_then_nothing_of_it_becomes_visible(
+# ---- what closes a transaction before its time
+
+
+async def in_partition_0(kafka: Kafka, source: str, count: int) -> None:
+    await kafka.produce(source, [(None, b'{"text": "document"}', (), 0)] * count)
+
+
+async def left_open(
+    kafka: Kafka, launch: Callable[..., Worker], name: str, changes: dict[str, Any]
+) -> tuple[dict[str, Any], tuple[str, str, str], Worker]:
+    """A worker with four results in a transaction that no tick closes, its settings and its topics."""
+    topics = source, target, _ = await make_topics(kafka, name, 0)
+    tree = tree_of(kafka, topics, merged(LEFT_OPEN, changes))
+    worker = launch(tree)
+    await worker.says("assigned")
+    await in_partition_0(kafka, source, 4)
+
+    async def written() -> bool:
+        return (await kafka.end_offsets(target, isolation="read_uncommitted"))[0] == 4
+
+    await until(written, 60, "four results")
+    assert await kafka.read_all(target) == []
+    return tree, topics, worker
+
+
+@pytest.mark.timeout(90)
+async def test_transaction_when_half_of_what_may_be_uncommitted_is_in_it_then_it_is_closed_at_once(
     kafka: Kafka, launch: Callable[..., Worker]
 ) -> None:
-    source, target, group = await make_topics(kafka, "once-zombie", 20_000)
-    # Its transaction outlives its session: what stops it is the group, not the transaction's timeout.
-    tree = tree_of(
-        kafka, (source, target, group), merged(SLOW_ONCE, {"delivery": {"transaction_timeout_ms": 20_000}})
-    )
-    zombie = launch(tree)
-    await until(lambda: has_results(kafka, target, 1001), 60, "the first results")
-    os.kill(zombie.pid, signal.SIGSTOP)
-    other = launch(tree)
-    await other.says(r"assigned", 60)
-    os.kill(zombie.pid, signal.SIGCONT)
-    await until(lambda: caught_up(kafka, group, source), 100, "both to catch up")
-    await drained(other)
-    await drained(zombie)
+    ten_a_partition = {"delivery": {"max_uncommitted_documents": 40}}
+    _, (source, target, group), worker = await left_open(kafka, launch, "half", ten_a_partition)
+    await in_partition_0(kafka, source, 1)
+    await until(partial(has_results, kafka, target, 5), 30, "the results")
+    await until(lambda: caught_up(kafka, group, source), 30, "their offsets")
+    await drained(worker)
+
+
+@pytest.mark.timeout(90)
+async def test_transaction_when_its_worker_drains_then_it_is_closed_at_once(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    _, (source, target, group), worker = await left_open(kafka, launch, "drain-closes", {})
+    await drained(worker)
+    assert await caught_up(kafka, group, source)
     await verdict_on(kafka, source, target)
+
+
+@pytest.mark.timeout(90)
+async def test_transaction_when_its_partitions_are_revoked_then_it_is_closed_at_once(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    patient = {
+        "kafka": {"rebalance_timeout_ms": 500_000, "request_timeout_ms": 600_000},
+        "delivery": {"revoke_timeout_s": 200},
+    }
+    tree, (source, target, group), worker = await left_open(kafka, launch, "revoke-closes", patient)
+    other = launch(tree)
+    await other.says("assigned", 40)
+    assert await caught_up(kafka, group, source)
+    await verdict_on(kafka, source, target)
+    for each in (worker, other):
+        await drained(each)
+
+
+# ---- the predecessor, and others like us
 
 
 @pytest.mark.timeout(120)
 async def test_predecessor_when_it_has_our_transactional_id_then_its_transaction_ends_before_the_model_loads(
-    kafka: Kafka, launch: Callable[..., Worker]
+    kafka: Kafka, launch: Callable[..., Worker], tmp_path: Path
 ) -> None:
-    source, target, group = await make_topics(kafka, "once-stable", 20_000)
-    stable = {
-        "kafka": {"transactional_id": kafka.unique("stable")},
-        "delivery": {"transaction_timeout_ms": 600_000},
-    }
-    tree = tree_of(kafka, (source, target, group), merged(SLOW_ONCE, stable))
+    source, target, group = await make_topics(kafka, "once-stable", 100)
+    stable = {"kafka": {"transactional_id": kafka.unique("stable"), "group_instance_id": "the only one"}}
+    tree = tree_of(kafka, (source, target, group), merged(LEFT_OPEN, stable))
     worker = launch(tree)
-    await until(lambda: has_results(kafka, target, 1001), 60, "the first results")
+    await until(partial(transaction_is_open, kafka, target), 60, "an open transaction")
     worker.kill9()
     await worker.ended(60)
-    # Without the id's first act, the open transaction would hold the results back for ten minutes.
-    worker = launch(tree)
+    assert await transaction_is_open(kafka, target)
+
+    # A folder without a model: the successor ends where it would load it.
+    no_model = tmp_path / "no-model"
+    no_model.mkdir()
+    worker = launch(merged(tree, {"model": {"id": str(no_model)}}))
+    assert await worker.ended(60) == 4, worker.stderr_text()[-3000:]
+    assert not await transaction_is_open(kafka, target)
+    assert await kafka.read_all(target) == []
+
+    worker = launch(merged(tree, {"delivery": {"commit_interval_ms": 100}}))
     await until(lambda: caught_up(kafka, group, source), 60, "the next worker to finish")
     await drained(worker)
     await verdict_on(kafka, source, target)
@@ -218,6 +269,9 @@ async def test_result_when_larger_than_the_topic_takes_then_its_mates_and_its_de
     [dead] = await kafka.read_all(f"{target}.dead-letters")
     assert dict(dead.headers)["inferstream.error.reason"] == b"record_refused"
     await verdict_on(kafka, source, target)
+    assert "a transaction was given up; it is aborted" in worker.stderr_text()
+    written = await kafka.read_all(target, isolation="read_uncommitted")
+    assert len(written) > 1999, "what was in the transaction with the refused record was not written before"
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import TopicAuthorizationFailedError
 
 from inferstream.kafka.epochs import Identity, current_identity
+from inferstream.kafka.refusals import FencedInstanceIdError
 from inferstream.kafka.txn_protocol import Fenced, MemberGone, TransactionalProducer
-from tests.kafka.test_exactly_once import EXACTLY_ONCE, drained, verdict_on
+from tests.kafka.test_exactly_once import EXACTLY_ONCE, transaction_is_open, verdict_on
 from tests.kafka.test_killed_in_the_middle import caught_up, documents, make_topics, until
+from tests.kafka.test_life_cycle import drained
 from tests.support.broker import BrokerUnavailable
 from tests.support.client import Kafka
-from tests.support.proxy import END_TXN, Loss, ProxiedKafka, Proxy
+from tests.support.proxy import END_TXN, HEARTBEAT, Loss, ProxiedKafka, Proxy
 from tests.support.worker import Worker, merged, settings
 
 Make = Callable[..., Awaitable[TransactionalProducer]]
@@ -40,12 +42,18 @@ async def producer(kafka: Kafka) -> AsyncIterator[Make]:
 
 
 @pytest.fixture
-async def member(kafka: Kafka) -> AsyncIterator[tuple[AIOKafkaConsumer, str, str]]:
-    """A consumer that is in its group, the group, and its topic of one partition."""
+async def member(
+    kafka: Kafka, request: pytest.FixtureRequest
+) -> AsyncIterator[tuple[AIOKafkaConsumer, str, str]]:
+    """A consumer that is in its group, static with a parameter, the group, and its topic of one partition."""
     topic = await kafka.create_topic(kafka.unique("ends"), partitions=1)
     group = kafka.unique("ends-group")
     consumer = AIOKafkaConsumer(
-        topic, bootstrap_servers=kafka.bootstrap, group_id=group, enable_auto_commit=False
+        topic,
+        bootstrap_servers=kafka.bootstrap,
+        group_id=group,
+        group_instance_id=getattr(request, "param", None),
+        enable_auto_commit=False,
     )
     await consumer.start()
     yield consumer, group, topic
@@ -61,11 +69,16 @@ async def publish(producer: TransactionalProducer, topic: str, *values: bytes) -
 
 
 async def commit(
-    producer: TransactionalProducer, group: str, identity: Identity, topic: str, offset: int
+    producer: TransactionalProducer,
+    group: str,
+    identity: Identity,
+    topic: str,
+    offset: int,
+    instance: str | None = None,
 ) -> None:
     await producer.add_group(group)
     await producer.commit_offsets(
-        group, identity, None, {TopicPartition(topic, 0): (offset, "m")}, lambda: None
+        group, identity, instance, {TopicPartition(topic, 0): (offset, "m")}, lambda: None
     )
 
 
@@ -169,6 +182,25 @@ async def test_offsets_when_the_identity_is_not_that_of_the_group_then_the_broke
         await commit(zombie, group, stale, topic, 3)
 
 
+@pytest.mark.parametrize("member", ["pod-0"], indirect=True)
+async def test_offsets_when_another_member_has_the_static_identity_by_now_then_the_broker_refuses_them(
+    kafka: Kafka, producer: Make, member: tuple[AIOKafkaConsumer, str, str]
+) -> None:
+    consumer, group, topic = member
+    now = current_identity(consumer)
+    name = kafka.unique("tx")
+    one = await producer(name)
+    await commit(one, group, now, topic, 3, instance="pod-0")
+    await one.commit()
+    found = await one.stable_offsets(group, [TopicPartition(topic, 0)])
+    assert [entry.offset for entry in found.values()] == [3]
+
+    before = Identity(now.generation, "who had it before")
+    zombie = await producer(name)
+    with pytest.raises(MemberGone, match=FencedInstanceIdError.__name__):
+        await commit(zombie, group, before, topic, 5, instance="pod-0")
+
+
 async def test_offsets_when_a_transaction_is_pending_then_the_stable_ones_are_waited_for(
     kafka: Kafka, producer: Make, member: tuple[AIOKafkaConsumer, str, str]
 ) -> None:
@@ -186,15 +218,23 @@ async def test_offsets_when_a_transaction_is_pending_then_the_stable_ones_are_wa
 # ---- the unknown end
 
 
-@pytest.fixture
-def proxied(tmp_path: Path) -> Iterator[ProxiedKafka]:
-    broker = ProxiedKafka(tmp_path / "proxied")
+@pytest.fixture(scope="module")
+def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxiedKafka]:
+    broker = ProxiedKafka(tmp_path_factory.mktemp("proxied"))
     try:
         broker.start()
     except BrokerUnavailable as error:
         pytest.fail(str(error), pytrace=False)
     yield broker
     broker.remove()
+
+
+@pytest.fixture
+async def proxy(proxied: ProxiedKafka) -> AsyncIterator[Proxy]:
+    proxy = Proxy(proxied.proxied_port, proxied.behind_port)
+    await proxy.start()
+    yield proxy
+    await proxy.stop()
 
 
 async def told(worker: Worker, outcome: str, times: int) -> bool:
@@ -204,23 +244,55 @@ async def told(worker: Worker, outcome: str, times: int) -> bool:
 @pytest.mark.kafka
 @pytest.mark.timeout(180)
 async def test_end_when_its_answer_is_lost_then_it_is_found_out_and_nothing_is_missing_or_twice(
-    proxied: ProxiedKafka, launch: Callable[..., Worker]
+    proxied: ProxiedKafka, proxy: Proxy, launch: Callable[..., Worker]
 ) -> None:
-    proxy = Proxy(proxied.proxied_port, proxied.behind_port)
-    await proxy.start()
-    try:
-        source, target, group = await make_topics(proxied, "unknown", 0)
-        changes = merged(EXACTLY_ONCE, {"delivery": {"transaction_timeout_ms": 3000}})
-        worker = launch(settings(f"127.0.0.1:{proxied.proxied_port}", source, target, group, changes))
-        await worker.says("assigned")
-        ends: list[tuple[Loss, str]] = [("answer", "committed"), ("request", "aborted")] * 2
-        for n, (loss, outcome) in enumerate(ends):
-            proxy.lose(END_TXN, loss)
-            await proxied.produce(source, documents(300))
-            await proxy.lost.wait()
-            await until(partial(told, worker, outcome, n // 2 + 1), 60, f"what was found out: {outcome}")
-            await until(lambda: caught_up(proxied, group, source), 60, "the offsets")
-        await drained(worker)
-        await verdict_on(proxied, source, target)
-    finally:
-        await proxy.stop()
+    source, target, group = await make_topics(proxied, "unknown", 0)
+    changes = merged(EXACTLY_ONCE, {"delivery": {"transaction_timeout_ms": 3000}})
+    worker = launch(settings(f"127.0.0.1:{proxied.proxied_port}", source, target, group, changes))
+    await worker.says("assigned")
+    ends: list[tuple[Loss, str]] = [("answer", "committed"), ("request", "aborted")] * 2
+    for n, (loss, outcome) in enumerate(ends):
+        proxy.lose(END_TXN, loss)
+        await proxied.produce(source, documents(300))
+        await proxy.lost.wait()
+        await until(partial(told, worker, outcome, n // 2 + 1), 60, f"what was found out: {outcome}")
+        await until(lambda: caught_up(proxied, group, source), 60, "the offsets")
+    await drained(worker)
+    await verdict_on(proxied, source, target)
+
+
+# ---- the zombie
+
+
+@pytest.mark.kafka
+@pytest.mark.timeout(120)
+async def test_zombie_when_it_wakes_after_its_session_then_nothing_of_it_becomes_visible(
+    proxied: ProxiedKafka, proxy: Proxy, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(proxied, "zombie", 0)
+    # Its transaction outlives its session, and is closed when half of what may be uncommitted is in it.
+    delivery = {
+        "commit_interval_ms": 20_000,
+        "transaction_timeout_ms": 60_000,
+        "max_uncommitted_documents": 40,
+    }
+    through = {"kafka": {"bootstrap_servers": [f"127.0.0.1:{proxied.proxied_port}"]}}
+    tree = settings(proxied.bootstrap, source, target, group, merged(EXACTLY_ONCE, {"delivery": delivery}))
+    zombie = launch(merged(tree, through))
+    await zombie.says("assigned")
+    await proxied.produce(source, [(None, b'{"text": "document"}', (), partition) for partition in range(4)])
+    await until(partial(transaction_is_open, proxied, target), 60, "an open transaction")
+    proxy.hold(HEARTBEAT)  # so that the group's refusal of the offsets is the first that it hears
+    zombie.send_signal(signal.SIGSTOP)
+    other = launch(merged(tree, {"delivery": {"commit_interval_ms": 100}}))
+    await until(lambda: caught_up(proxied, group, source), 60, "the other to do the zombie's documents")
+    assert await transaction_is_open(proxied, target), "the zombie's transaction was closed before it woke"
+
+    zombie.send_signal(signal.SIGCONT)
+    await proxied.produce(source, documents(400))
+    await zombie.says("the epoch has ended.*UnknownMemberIdError", 30)
+    proxy.go_on(HEARTBEAT)
+    await drained(zombie)
+    await until(lambda: caught_up(proxied, group, source), 60, "the other to catch up")
+    await drained(other)
+    await verdict_on(proxied, source, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import time
 from collections import defaultdict
@@ -52,9 +53,11 @@ from tests.kafka.test_killed_in_the_middle import (
     make_topics,
     until,
 )
+from tests.kafka.test_life_cycle import scraped
+from tests.support.broker import free_ports
 from tests.support.client import Kafka
 from tests.support.judge import judge
-from tests.support.worker import Worker, settings
+from tests.support.worker import Worker, merged, settings
 
 
 class Devourer:
@@ -320,13 +323,18 @@ async def test_member_when_it_is_stopped_past_its_session_then_nothing_is_missin
 ) -> None:
     source, target, group = await make_topics(kafka, "stopped", 20_000)
     tree = settings(kafka.bootstrap, source, target, group, SLOW)
-    stopped = launch(tree)
+    [port] = free_ports(1)
+    stopped = launch(merged(tree, {"telemetry": {"port": port}}))
 
     await until(lambda: has_results(kafka, target, 501), 60, "the first results")
     os.kill(stopped.pid, signal.SIGSTOP)
     other = launch(tree)
     await until(lambda: caught_up(kafka, group, source), 60, "the other member to take over")
     os.kill(stopped.pid, signal.SIGCONT)
+    await stopped.says("its work in flight is dropped(?s:.*)assigned")  # it has joined again
+    metrics = await asyncio.to_thread(scraped, port)
+    dropped = re.search(r"^inferstream_documents_dropped_total (\S+)", metrics, re.MULTILINE)
+    assert dropped is not None and float(dropped[1]) > 0
     await kafka.produce(source, documents(400))
     await until(lambda: caught_up(kafka, group, source), 60, "both to catch up")
     for worker in (stopped, other):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import signal
 import socket
 import subprocess
 import sys
@@ -12,17 +14,22 @@ from pathlib import Path
 
 import orjson
 import pytest
-from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.protocol.group import LeaveGroupRequest
 
+from inferstream.app import STOP_TIMEOUT_S
 from tests.kafka.test_killed_in_the_middle import (
     SLOW,
     caught_up,
     documents,
     has_results,
     make_topics,
+    settled,
     until,
 )
+from tests.kafka.test_rebalances import GUARANTEES
 from tests.support.broker import Broker, free_ports
 from tests.support.client import Kafka
 from tests.support.judge import judge
@@ -106,6 +113,10 @@ async def process_all(
 ) -> None:
     worker = launch(tree)
     await until(lambda: caught_up(kafka, group, source), 60, "the worker to catch up")
+    await drained(worker)
+
+
+async def drained(worker: Worker) -> None:
     worker.terminate()
     assert await worker.ended(40) == 0, worker.stderr_text()[-2000:]
 
@@ -126,13 +137,22 @@ async def test_latest_when_killed_before_the_first_result_then_what_arrived_mean
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("running", [False, True], ids=["while no worker runs", "while a worker runs"])
 async def test_latest_when_partitions_are_added_then_they_are_read_from_their_beginning(
-    kafka: Kafka, launch: Callable[..., Worker]
+    kafka: Kafka, launch: Callable[..., Worker], running: bool
 ) -> None:
     source, target, group = await make_topics(kafka, "born-later", 40)  # some in every partition
     tree = settings(kafka.bootstrap, source, target, group, {"input": {"start": "latest"}})
-    await process_all(kafka, launch, tree, source, group)
-    assert await kafka.read_all(target) == []
+    worker = launch(
+        tree,
+        module="tests.support.altered",
+        environ={"CONSTANTS": '{"inferstream.kafka.connection:METADATA_MAX_AGE_MS": 500}'},
+    )
+    await until(lambda: caught_up(kafka, group, source), 60, "the start to be committed")
+    if running:
+        worker.send_signal(signal.SIGSTOP)  # the record is there before it hears of the partition
+    else:
+        await drained(worker)
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
     await admin.start()
     await admin.create_partitions({source: NewPartitions(total_count=6)})
@@ -143,7 +163,12 @@ async def test_latest_when_partitions_are_added_then_they_are_read_from_their_be
 
     await until(there, 30, "the new partitions")
     await kafka.produce(source, [(None, orjson.dumps({"text": "in a new partition"}), (), 5)])
-    await process_all(kafka, launch, tree, source, group)
+    if running:
+        worker.send_signal(signal.SIGCONT)
+    else:
+        worker = launch(tree)
+    await until(lambda: caught_up(kafka, group, source), 60, "the worker to catch up")
+    await drained(worker)
     [result] = await kafka.read_all(target)
     assert orjson.loads(result.value)["source"]["partition"] == 5
 
@@ -181,7 +206,7 @@ async def test_offsets_when_lost_then_stops_or_skips(
         [port] = free_ports(1)
         worker = launch(merged(tree, {"telemetry": {"port": port}}))
         await until(lambda: caught_up(kafka, group, source), 60, "the worker to catch up")
-        metrics = await asyncio.to_thread(_scraped, port)
+        metrics = await asyncio.to_thread(scraped, port)
         worker.terminate()
         assert await worker.ended(40) == 0, worker.stderr_text()[-2000:]
         answered = [orjson.loads(record.value)["source"]["offset"] for record in await kafka.read_all(target)]
@@ -189,7 +214,7 @@ async def test_offsets_when_lost_then_stops_or_skips(
         assert f'inferstream_records_lost_total{{topic="{source}"}} 5.0\n' in metrics
 
 
-def _scraped(port: int) -> str:
+def scraped(port: int) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         return str(answer.read().decode())
 
@@ -216,6 +241,88 @@ async def test_second_member_when_it_joins_and_leaves_then_nothing_is_missing(
     verdict = judge(await kafka.read_all(target))
     assert verdict.missing(await kafka.end_offsets(source)) == []
     assert all(run.count == run.last - run.first + 1 for runs in verdict.runs.values() for run in runs)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("guarantee", GUARANTEES)
+async def test_static_member_when_it_is_restarted_then_no_partition_moves(
+    kafka: Kafka, launch: Callable[..., Worker], guarantee: str
+) -> None:
+    source, target, group = await make_topics(kafka, "static", 100)
+    changes = {
+        "kafka": {"session_timeout_ms": 30_000},
+        "delivery": {"guarantee": guarantee},
+        "telemetry": {"log_format": "json"},
+    }
+    tree = settings(kafka.bootstrap, source, target, group, changes)
+    trees = [merged(tree, {"kafka": {"group_instance_id": f"pod-{n}"}}) for n in range(2)]
+    workers = [launch(each) for each in trees]
+
+    async def shared() -> bool:
+        return [len(given[-1]) for given in map(assignments, workers) if given] == [2, 2]
+
+    await until(shared, 60, "each to have two partitions")
+    await until(lambda: caught_up(kafka, group, source), 60, "both to catch up")
+    before = [assignments(worker) for worker in workers]
+    await drained(workers[0])
+    workers[0] = launch(trees[0])
+    await workers[0].says("assigned")
+    await kafka.produce(source, documents(100))
+    await until(lambda: caught_up(kafka, group, source), 60, "both to catch up")
+    assert assignments(workers[0]) == before[0][-1:]
+    assert assignments(workers[1]) == before[1]
+    for worker in workers:
+        await drained(worker)
+    verdict = judge(await kafka.read_all(target))
+    assert verdict.missing(await kafka.end_offsets(source)) == [] and verdict.repeats == 0
+
+
+def assignments(worker: Worker) -> list[list[str]]:
+    """The partitions that the worker was given, each time."""
+    lines = [line for line in worker.stderr_text().splitlines() if line.startswith("{")]
+    return [entry["partitions"] for entry in map(json.loads, lines) if entry["message"] == "assigned"]
+
+
+@pytest.mark.timeout(90)
+async def test_worker_when_its_group_refuses_it_while_it_runs_then_exits_3_after_the_refusals_time(
+    kafka: Kafka, launch: Callable[..., Worker]
+) -> None:
+    source, target, group = await make_topics(kafka, "refused-later", 0)
+    worker = launch(
+        settings(kafka.bootstrap, source, target, group),
+        module="tests.support.altered",
+        environ={"CONSTANTS": '{"inferstream.kafka.refusals:REFUSED_FOR_S": 2.0}'},
+    )
+    await worker.says("assigned")
+    worker.send_signal(signal.SIGSTOP)
+    await put_out(kafka, group)
+    other = AIOKafkaConsumer(
+        source,
+        bootstrap_servers=kafka.bootstrap,
+        group_id=group,
+        partition_assignment_strategy=(RangePartitionAssignor,),
+    )
+    await other.start()
+    try:
+        worker.send_signal(signal.SIGCONT)
+        assert await worker.ended(60) == 3, worker.stderr_text()[-2000:]
+    finally:
+        await other.stop()
+    assert_one_line(worker, "has refused for 2 s", "members of another kind", group)
+
+
+async def put_out(kafka: Kafka, group: str) -> None:
+    """Have the group's members leave, without their knowing."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+    await admin.start()
+    try:
+        node = await admin.find_coordinator(group)
+        [answer] = await admin.describe_consumer_groups([group], node)
+        for member in answer.groups[0][5]:
+            left = await admin._send_request(LeaveGroupRequest(group, member[0]), node)
+            assert left.error_code == 0
+    finally:
+        await admin.close()
 
 
 async def test_commit_when_the_topic_ends_in_transaction_markers_then_the_lag_reaches_zero(
@@ -257,18 +364,31 @@ async def test_broker_when_killed_and_restarted_then_the_worker_recovers_by_itse
 
 @pytest.mark.timeout(120)
 async def test_sigterm_when_the_broker_is_away_then_exits_6_within_the_deadline(
-    own_broker: Broker, launch: Callable[..., Worker]
+    own_broker: Broker, launch: Callable[..., Worker], tmp_path: Path
 ) -> None:
     source, target, group = await make_topics(own_broker, "away", 20_000)
     tree = settings(own_broker.bootstrap, source, target, group, SLOW)
     tree["delivery"] = {**SLOW["delivery"], "drain_timeout_s": 4}
-    worker = launch(tree)
+    held = tmp_path / "held"
+    environ = {"HELD": str(held), "HELD_TEXTS": orjson.loads(documents(3001)[-1][1])["text"]}
+    worker = launch(tree, module="tests.support.deadly", environ=environ)
 
-    await until(lambda: has_results(own_broker, target, 501), 60, "the first results")
+    async def in_work() -> bool:
+        return held.exists()
+
+    await until(in_work, 60, "documents to be on the device")
+    offsets = await settled(own_broker, group, source)
     own_broker.kill()
+    held.unlink()  # what was in work has its results now, and nobody takes them
     worker.terminate()
-    assert await worker.ended(40) == 6, worker.stderr_text()[-2000:]
+    # The deadline of the drain, and then those of the group, the producer and the threads.
+    assert await worker.ended(4 + 3 * STOP_TIMEOUT_S) == 6, worker.stderr_text()[-2000:]
     assert_one_line(worker, "delivery.drain_timeout_s")
+
+    own_broker.start()
+    answered = judge(await own_broker.read_all(target))
+    assert await own_broker.committed(group, source) == offsets and sum(offsets.values()) > 0
+    assert answered.missing(offsets) == []
 
 
 async def test_config_check_when_it_connects_then_it_tells_topics_group_and_model(kafka: Kafka) -> None:

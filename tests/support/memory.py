@@ -92,6 +92,7 @@ class Subject:
         self.source = await broker.create_topic(f"{name}-in", self.partitions)
         self.target = await broker.create_topic(f"{name}-out", self.partitions)
         await broker.create_topic(f"{name}-out.dead-letters", 1, {"max.message.bytes": str(2 * MIB)})
+        self._group = name
         self.tree = settings(broker.bootstrap, self.source, self.target, name, merged(BOUNDS, changes))
         config = write_config(self.folder, self.tree)
         options = {"config": str(config), "hold": str(self.hold), "document_s": self._document_s}
@@ -130,11 +131,17 @@ class Subject:
 
         async def counted() -> bool:
             with suppress(KafkaError):
-                found.append(sum((await self.broker.end_offsets(self.target)).values()))
+                found.append(sum((await self._answered()).values()))
             return bool(found)
 
         await self.until(counted, "the broker to answer")
         return found[0]
+
+    async def _answered(self) -> dict[int, int]:
+        if self.tree.get("delivery", {}).get("guarantee") == "exactly-once":
+            # committed with the results, which have the transactions' markers between them
+            return await self.broker.committed(self._group, self.source)
+        return await self.broker.end_offsets(self.target)
 
     async def until_answered(self, count: int) -> None:
         async def answered() -> bool:
@@ -235,9 +242,11 @@ async def stopped_broker(broker: Broker, folder: Path) -> Sequence[Growth]:
         return frozen, killed, worker.growth("broker back, the backlog answered")
 
 
-async def stopped_device(broker: Broker, folder: Path) -> Sequence[Growth]:
+async def stopped_device(
+    broker: Broker, folder: Path, changes: dict[str, Any] | None = None
+) -> Sequence[Growth]:
     """A backlog in front of a device that does not answer, for less than ``device.hang_timeout_s``."""
-    async with subject(broker, folder) as worker:
+    async with subject(broker, folder, changes=changes) as worker:
         worker.hold.touch()
         await worker.publish(document(20_000), 4000)
         await worker.until_steady()

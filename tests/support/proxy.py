@@ -15,6 +15,7 @@ from typing import Literal
 
 from tests.support.broker import NativeKafka, free_ports
 
+HEARTBEAT = 12
 END_TXN = 26
 Loss = Literal["request", "answer"]
 
@@ -36,7 +37,10 @@ class ProxiedKafka(NativeKafka):
 
 
 class Proxy:
-    """``lose(api_key, what)`` loses the next such request, or its answer; the connection hangs from then on."""
+    """``lose(api_key, what)`` loses the next such request, or its answer; the connection hangs from then on.
+
+    ``hold(api_key)`` keeps all such requests back, and what follows on their connections, until ``go_on(api_key)``.
+    """
 
     def __init__(self, port: int, upstream_port: int) -> None:
         self.port = port
@@ -44,11 +48,18 @@ class Proxy:
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._to_lose: dict[int, Loss] = {}
+        self._held: dict[int, asyncio.Event] = {}
         self.lost = asyncio.Event()
 
     def lose(self, api_key: int, what: Loss) -> None:
         self.lost.clear()
         self._to_lose[api_key] = what
+
+    def hold(self, api_key: int) -> None:
+        self._held[api_key] = asyncio.Event()
+
+    def go_on(self, api_key: int) -> None:
+        self._held.pop(api_key).set()
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
@@ -91,6 +102,8 @@ class Proxy:
             while True:
                 frame = await _frame(reader)
                 api_key, _, correlation = struct.unpack(">hhi", frame[4:12])
+                if (held := self._held.get(api_key)) is not None:
+                    await held.wait()
                 match self._to_lose.pop(api_key, None):
                     case "request":
                         self.lost.set()
