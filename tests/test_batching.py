@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import math
+import random
+import statistics
+from collections import deque
 from collections.abc import Sequence
 
 import pytest
@@ -13,8 +17,10 @@ from benchmarks.batching import ArrivalOrder, FullestClass, simulate
 from inferstream.batching import Item, Window, length_class
 
 
-def window_of(lengths: Sequence[int], max_tokens: int, padded: bool = True, max_items: int = 100) -> Window:
-    window = Window(max_tokens, padded=padded, max_items=max_items)
+def window_of(
+    lengths: Sequence[int], max_tokens: int, padded: bool = True, max_items: int = 100, lanes: int = 1
+) -> Window:
+    window = Window(max_tokens, padded=padded, max_items=max_items, lanes=lanes)
     for index, length in enumerate(lengths):
         window.add(Item(owner=index % 3, index=index, length=length, ready_at=float(index), payload=None))
     return window
@@ -74,6 +80,30 @@ def test_form_when_the_engine_is_padding_free_then_takes_arrival_order() -> None
     assert lengths(window.form()) == [50]
 
 
+def test_form_when_several_lanes_share_what_waits_then_each_gets_a_part_until_it_is_too_little() -> None:
+    window = window_of([10] * 15, max_tokens=100, padded=False, lanes=2)
+    formed = []
+    while batch := window.form():
+        formed.append(sum(lengths(batch)))
+    assert formed == [70, 40, 20, 20]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_form_when_there_is_a_budget_for_every_lane_then_fills_it(padded: bool) -> None:
+    assert len(window_of([10] * 20, max_tokens=100, padded=padded, lanes=2).form()) == 10
+    assert len(window_of([10] * 19, max_tokens=100, padded=padded, lanes=2).form()) < 10
+
+
+def test_form_when_too_little_waits_to_be_shared_then_takes_all_of_it() -> None:
+    assert lengths(window_of([8, 8, 7], max_tokens=100, lanes=2, padded=False).form()) == [8, 8, 7]
+    assert lengths(window_of([13, 13], max_tokens=100, lanes=2, padded=False).form()) == [13]
+
+
+def test_form_when_the_oldest_is_longer_than_a_share_then_it_goes_alone() -> None:
+    window = window_of([90, 10, 10], max_tokens=100, lanes=2, padded=False)
+    assert [lengths(window.form()) for _ in range(2)] == [[90], [10, 10]]
+
+
 def test_form_when_closing_then_takes_arrival_order_within_the_padded_budget() -> None:
     window = window_of([10, 70, 20, 50], max_tokens=140)
     assert lengths(window.form(arrival=True)) == [10, 70]
@@ -112,10 +142,10 @@ def test_wait_s_when_the_number_of_pieces_is_reached_then_does_not_linger() -> N
     assert window_of([1, 1], max_tokens=100, max_items=2).wait_s(0.0, 1.0) == 0.0
 
 
-@pytest.mark.parametrize(("max_tokens", "max_items"), [(0, 1), (1, 0)])
-def test_window_when_a_bound_makes_no_sense_then_refuses(max_tokens: int, max_items: int) -> None:
+@pytest.mark.parametrize(("max_tokens", "max_items", "lanes"), [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_window_when_a_bound_makes_no_sense_then_refuses(max_tokens: int, max_items: int, lanes: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        Window(max_tokens, max_items=max_items)
+        Window(max_tokens, max_items=max_items, lanes=lanes)
 
 
 def test_length_class_when_lengths_grow_then_grows_and_is_at_most_a_quarter_wide() -> None:
@@ -141,14 +171,15 @@ operations = st.lists(
     max_tokens=160,
     max_items=5,
     padded=True,
+    lanes=1,
 )
 @settings(max_examples=300, deadline=None)
-@given(operations, st.integers(1, 400), st.integers(1, 20), st.booleans())
+@given(operations, st.integers(1, 400), st.integers(1, 20), st.booleans(), st.integers(1, 4))
 def test_window_when_load_is_random_then_its_promises_hold(
-    steps: list[list[int] | str | tuple[int]], max_tokens: int, max_items: int, padded: bool
+    steps: list[list[int] | str | tuple[int]], max_tokens: int, max_items: int, padded: bool, lanes: int
 ) -> None:
     """Never above budget, anchored on the oldest, each piece exactly once, counts right."""
-    window = Window(max_tokens, padded=padded, max_items=max_items)
+    window = Window(max_tokens, padded=padded, max_items=max_items, lanes=lanes)
     waiting: list[Item] = []  # in arrival order
     added: list[Item] = []
     taken: list[Item] = []
@@ -175,7 +206,13 @@ def test_window_when_load_is_random_then_its_promises_hold(
             if step == "arrival" or not padded:
                 assert batch == waiting[: len(batch)]
             left = [item for item in waiting if item not in batch]
-            if len(batch) < max_items and not (step == "arrival" and padded):
+            tokens = sum(lengths(waiting))
+            shared = lanes > 1 and tokens < lanes * max_tokens
+            # Shared or not, no lane gets less than its part, but for one piece and what the padding takes.
+            if shared and left and len(batch) < max_items and not padded:
+                part = min(max_tokens, tokens / lanes)
+                assert cost(batch, False) + left[0].length > part
+            if not shared and len(batch) < max_items and not (step == "arrival" and padded):
                 # Nothing that was first in line would have fitted.
                 in_line: dict[int, int] = {}
                 for item in left:
@@ -239,3 +276,36 @@ def test_simulation_when_rules_are_compared_then_anchoring_is_as_fast_and_blocks
     assert anchored.efficiency > 0.85
     assert anchored.blocked < 0.5 * fullest.blocked
     assert anchored.longest_wait < 0.5 * fullest.longest_wait
+
+
+def seconds_to_the_end(lengths: Sequence[int], lanes: int, *, shared: bool) -> float:
+    """Until the last batch of these documents ends, on ``lanes`` lanes with one more batch staged."""
+    window = window_of(lengths, max_tokens=2048, padded=False, lanes=lanes if shared else 1)
+    staged: deque[float] = deque()
+    ends: list[float] = []
+    now = 0.0
+    while True:
+        while len(staged) + len(ends) <= lanes and (batch := window.form()):
+            staged.append(0.0025 + 0.0002 * cost(batch, False))
+        while staged and len(ends) < lanes:
+            heapq.heappush(ends, now + staged.popleft())
+        if not ends:
+            return now
+        now = heapq.heappop(ends)
+
+
+@pytest.mark.parametrize(
+    ("documents", "lanes", "at_most"), [(30, 2, 0.9), (100, 2, 0.95), (30, 4, 0.6), (100, 4, 0.9)]
+)
+def test_simulation_when_lanes_share_the_end_then_it_is_over_sooner(
+    documents: int, lanes: int, at_most: float
+) -> None:
+    """What docs/batching.md says of sharing; the lengths are like those of real documents."""
+    chance = random.Random(1)
+    ratios = []
+    for _ in range(40):
+        sizes = [min(256, max(3, round(chance.lognormvariate(4.2, 0.9)))) for _ in range(documents)]
+        whole, shared = (seconds_to_the_end(sizes, lanes, shared=shared) for shared in (False, True))
+        ratios.append(shared / whole)
+    assert statistics.median(ratios) < at_most
+    assert max(ratios) < 1.15

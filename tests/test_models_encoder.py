@@ -17,11 +17,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoModel, PreTrainedTokenizerFast
+from transformers.activations import GELUActivation
 
 from inferstream.errors import ModelError, OutOfMemory
 from inferstream.models.encoder import Encoder
 from inferstream.models.execution import cpu_encoder
 from inferstream.models.files import locate
+from inferstream.models.packed import activate_in_place
 from inferstream.models.pooling import LEGACY_MODES, Head, load_head, pool
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,6 +126,22 @@ def test_compute_threads_when_side_by_side_use_one_core_each(encoder: Encoder) -
         thread.join()
 
     assert sum(spent) > 0.8 * (time.process_time() - process)
+
+
+@torch.inference_mode()
+def test_gelu_when_it_writes_over_its_input_changes_no_bit(tmp_path: Path) -> None:
+    for family in ("bert-cls", "distilbert-dense", "modernbert"):
+        tiny_model(tmp_path / family, family)
+        model = AutoModel.from_pretrained(tmp_path / family).eval()
+        ids = torch.arange(20)[None]
+        before = model(input_ids=ids).last_hidden_state
+
+        activate_in_place(model)
+
+        assert torch.equal(model(input_ids=ids).last_hidden_state, before)
+        acts = [module for module in model.modules() if isinstance(module, GELUActivation)]
+        hidden = torch.randn(3, 5)
+        assert len(acts) == 2 and all(act(hidden).data_ptr() == hidden.data_ptr() for act in acts)
 
 
 @pytest.mark.parametrize("mode", LEGACY_MODES.values())

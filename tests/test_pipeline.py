@@ -159,6 +159,15 @@ async def test_results_then_they_are_serialised_in_a_worker_thread_from_the_rows
     assert all(name.startswith("worker-") and shared for name, shared in seen)
 
 
+async def test_batches_when_less_than_a_budget_waits_then_the_lanes_share_it(build: Build) -> None:
+    pipeline, sink, runner = build(threads=2, **{"batch.max_tokens": 1500})
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n, "x" * 399) for n in range(10)])  # 100 tokens each
+    await until(lambda: len(sink.sent) == 10)
+
+    assert sorted(runner.batches) == [2, 3, 5]
+
+
 async def test_usage_when_documents_went_through_then_tokens_time_and_operations_are_counted(
     build: Build,
 ) -> None:

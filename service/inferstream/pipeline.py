@@ -89,7 +89,7 @@ class Pipeline:
             settings.buffer.max_lane_share,
             settings.kafka.max_partition_fetch_bytes,
         )
-        self.window = Window(budget, padded=device.padded)
+        self.window = Window(budget, padded=device.padded, lanes=device.lanes)
         self.ceilings = Ceilings(budget)
         self.workers = Workers(settings.prepare.threads, loop, failed, timeline)
         self.stage = DeviceStage(device, self, loop, timeline, flops_of)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from inferstream.device.forward import Shape, run_once
 from inferstream.models import attention
@@ -69,6 +70,24 @@ def _rotations(parameters: dict[str, Any]) -> set[str]:
     return {str(each.get("rope_type")) for each in (parameters, *nested)}
 
 
+def activate_in_place(model: Any) -> None:
+    """Let GELU write over its input, the widest tensor of a layer, which nothing reads any more.
+
+    On a CPU a second one of that size (12 MB of 2,048 of MiniLM's tokens) goes through the caches once more, and
+    its pages are often fresh from the system.
+    """
+    from transformers.activations import GELUActivation
+
+    gelus: list[Any] = [module for module in model.modules() if isinstance(module, GELUActivation)]
+    for each in gelus:
+        if each.act is functional.gelu:
+            each.act = _gelu_in_place
+
+
+def _gelu_in_place(hidden: Tensor) -> Tensor:
+    return functional.gelu(hidden, out=hidden)  # type: ignore[call-arg]  # it does take it
+
+
 class PackedForward:
     """A transformer and its head behind :class:`inferstream.device.forward.Forward`, without padding.
 
@@ -91,6 +110,8 @@ class PackedForward:
         self._columns = 3 if self._typed else 2
         if model.device.type == "cuda":
             attention.without_plans()
+        elif model.device.type == "cpu":
+            activate_in_place(model)
         attention.install()
         # It reads two ids back from the device in every forward, to warn of padding that there is none of.
         model.warn_if_padding_and_no_attention_mask = lambda *_: None

@@ -111,7 +111,8 @@ class Engine:
         self._ended: asyncio.Future[None] = loop.create_future()
         self._workers = Workers(settings.prepare.threads, loop, self._fail, timeline)
         self._stage = DeviceStage(device, self, loop, timeline)
-        self._window = Window(min(self._budget, device.max_tokens or self._budget), padded=device.padded)
+        budget = min(self._budget, device.max_tokens or self._budget)
+        self._window = Window(budget, padded=device.padded, lanes=device.lanes)
         self._texts: Sequence[str] = ()
         self._next = self._held = self._done = self._refused = 0
         self._padded = 0
