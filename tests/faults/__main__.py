@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.catalogue import FAULTS, GUARANTEES, SLICES, Fault
-from tests.faults.matrix import markdown, table
+from tests.faults.matrix import markdown, shortfall, table
 from tests.faults.record import NotOneMatrix, merged, written
 from tests.faults.run import Report, refusal, run
 from tests.support.broker import BrokerUnavailable
@@ -29,7 +29,14 @@ from tests.support.cluster import Cluster
 
 PER_RUN = 5
 ABREAST = 2  # two cores are enough for two runs, which wait most of the time: for sessions to end, for brokers to start
-WEIGHTS = {"random": 4, "kill": 2, "zombie": 2, "broker-killed-3": 2, "topic-gone": 0.2}
+WEIGHTS = {
+    "random": 4,
+    "kill": 2,
+    "zombie": 2,
+    "broker-killed-3": 2,
+    "topic-gone": 0.2,
+    "partition-added": 0.2,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +65,23 @@ def plan(names: Sequence[str], guarantees: Sequence[str], count: int, seed: int)
         for guarantee in guarantees if sequence else ():
             if all(guarantee in entry.guarantees for entry in sequence):
                 yield Planned(name, guarantee, sequence, seed)
-    rows = [
-        (FAULTS[name], guarantee)
-        for name in names
-        if name in FAULTS
-        for guarantee in guarantees
-        if guarantee in FAULTS[name].guarantees
-    ]
+    rows = [(FAULTS[name], guarantee) for name, guarantee in _rows(names, guarantees)]
     total = sum(WEIGHTS.get(entry.name, 1) for entry, _ in rows)
     for entry, guarantee in sorted(rows, key=lambda row: row[0].brokers):
         share = max(1, round(count * WEIGHTS.get(entry.name, 1) / total + 0.49))
         for n, first in enumerate(range(0, share, PER_RUN)):
             many = min(PER_RUN, share - first)
             yield Planned(entry.name, guarantee, (entry,) * many, (seed + n) % (1 << 32))
+
+
+def _rows(names: Sequence[str], guarantees: Sequence[str]) -> list[tuple[str, str]]:
+    return [
+        (name, guarantee)
+        for name in names
+        if name in FAULTS
+        for guarantee in guarantees
+        if guarantee in FAULTS[name].guarantees
+    ]
 
 
 async def perform(planned: Sequence[Planned], folder: Path, until: float, abreast: int) -> list[Report]:
@@ -118,7 +129,8 @@ def _tell(report: Report, number: int, of: int) -> None:
     print(
         f"[{number}/{of}] {report.name} {report.guarantee}: {len(report.counted)} of {report.faults} faults counted, "
         f"{report.documents} documents, {report.lost} lost, {report.duplicated} duplicated "
-        f"(at most {report.duplicates_allowed}), pauses {pauses} s, {report.seconds:.0f} s: "
+        f"({', '.join(f'{entry.repeated} of {entry.allowed}' for entry in report.injections)}), "
+        f"pauses {pauses} s, {report.seconds:.0f} s: "
         f"{'FAILED' if report.problems else 'ok'}",
         file=sys.stderr,
         flush=True,
@@ -134,7 +146,7 @@ def arguments() -> argparse.Namespace:
         prog="python -m tests.faults", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--seed", type=int, help="everything is drawn from it; a new one unless given")
-    parser.add_argument("--faults", type=int, default=200, help="how many to inject (default 200)")
+    parser.add_argument("--faults", type=int, default=200, help="how many to inject and count (default 200)")
     parser.add_argument(
         "--only",
         help=f"names of rows, with commas between: {', '.join([*FAULTS, *SLICES])} (default: all rows)",
@@ -171,7 +183,10 @@ def merge(files: Sequence[Path], into: Path | None) -> int:
     print(table(reports))
     if into:
         into.write_text(markdown(reports))
-    return 1 if any(report.problems for report in reports) else 0
+    missing = shortfall(reports, [], 0)
+    for line in missing:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if missing or any(report.problems for report in reports) else 0
 
 
 def main() -> int:
@@ -184,7 +199,8 @@ def main() -> int:
     seed = given.seed if given.seed is not None else random.SystemRandom().randrange(1 << 32)
     guarantees = []
     skipped = []
-    for guarantee in [given.guarantee] if given.guarantee else GUARANTEES:
+    asked = [given.guarantee] if given.guarantee else GUARANTEES
+    for guarantee in asked:
         if (why := refusal(guarantee)) is None:
             guarantees.append(guarantee)
         else:
@@ -217,6 +233,12 @@ def main() -> int:
     )
     for line in skipped:
         print(line)
+    least = given.faults if any(name in FAULTS for name in given.names) else 0
+    missing = shortfall(
+        reports, [*_rows(given.names, asked), *((p.name, p.guarantee) for p in planned)], least
+    )
+    for line in missing:
+        print(f"error: {line}", file=sys.stderr)
     if given.markdown:
         given.markdown.write_text(text)
     if given.json:
@@ -229,7 +251,7 @@ def main() -> int:
             print(f"replay: {report.replay}", file=sys.stderr)
     else:
         shutil.rmtree(folder, ignore_errors=True)
-    return 1 if failed or not complete else 0
+    return 1 if failed or missing or not complete else 0
 
 
 if __name__ == "__main__":

@@ -24,6 +24,16 @@ CHANGE = re.compile(r'"message":"(assigned|revoked)"(.*)')
 """A line of a worker's log that tells of its partitions, and the facts behind it."""
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler for the signal, as proc(5) tells; True if it has just ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.MULTILINE)
+    return caught is None or bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
 class Member:
     """One worker's place: its process ends and is followed by the next, its name, port and files stay."""
 
@@ -44,6 +54,7 @@ class Member:
         self.ended_at = 0.0
         self._said_before = 0  # characters of its log that its predecessors wrote
         self.told: set[int] = set()  # exit codes that what we did to this process can have
+        self.excused: set[int] = set()  # exit codes that the fault at hand may end it with
         self.failed_probes = 0
 
     def start(self) -> None:
@@ -62,9 +73,17 @@ class Member:
         """Whether it runs and the group has given it partitions, as it says."""
         if not self.running or self.frozen:
             return False
-        changes = CHANGE.findall(self.worker.stderr_text()[self._said_before :])
-        what, facts = changes[-1] if changes else ("", "")
+        what, facts = (self._changes or [("", "")])[-1]
         return what == "assigned" and '"partitions":["' in facts
+
+    @property
+    def joined(self) -> bool:
+        """Whether this process, which may have ended, has ever been given partitions, or none, by the group."""
+        return bool(self._changes)
+
+    @property
+    def _changes(self) -> list[tuple[str, str]]:
+        return CHANGE.findall(self.worker.stderr_text()[self._said_before :])
 
     def kill(self) -> None:
         if self.running:
@@ -73,9 +92,15 @@ class Member:
             self.worker.kill9()
 
     def terminate(self) -> None:
-        """SIGTERM; one that comes before Python has set up its handler ends the process by the signal itself."""
+        """SIGTERM; one that comes while the process has no handler for it ends it by the signal itself.
+
+        That is so when it starts, and at its very end: one that is ending already may be that far.
+        """
         if self.running:
-            self.told |= {0, -int(signal.SIGTERM)}
+            ending = bool(self.told | self.excused)
+            self.told.add(0)
+            if ending or not catches(self.worker.pid, signal.SIGTERM):
+                self.told.add(-int(signal.SIGTERM))
             self.worker.terminate()
 
     def freeze(self) -> None:
@@ -104,21 +129,26 @@ class Member:
 
 
 class Fleet:
-    """``excused`` are the exit codes that the run's faults may end a worker with; any other is in ``problems``."""
+    """What ends otherwise than the fault at hand explains is in ``problems``.
+
+    ``excused`` are the exit codes that it may end any worker with.  ``unheard``: brokers may be out of reach, so a
+    drain may pass its deadline (6), and a worker that starts may wait in vain (3).  :meth:`settle` ends both, and what
+    single members are excused for.
+    """
 
     def __init__(
         self,
         folder: Path,
         make_tree: Callable[[str], Mapping[str, Any]],
         under_orders: bool,
-        excused: frozenset[int],
         note: Callable[[str], None],
     ) -> None:
         self._folder = folder
         self._make_tree = make_tree
         self._under_orders = under_orders
-        self._excused = excused
         self._note = note
+        self.excused: frozenset[int] = frozenset()
+        self.unheard = False
         self.members: list[Member] = []
         self.problems: list[str] = []
         self.exits: list[tuple[str, int]] = []
@@ -142,6 +172,14 @@ class Fleet:
     def running(self) -> list[Member]:
         """Those that are there and not frozen."""
         return [member for member in self.members if member.running and not member.frozen]
+
+    def settle(self) -> None:
+        """The fault is over: from now on nothing is excused by it."""
+        self.excused = frozenset()
+        self.unheard = False
+        self.patience = FAILED_PROBES
+        for member in self.members:
+            member.excused.clear()
 
     async def drain(self, timeout_s: float = 60.0) -> None:
         """SIGTERM to all; every one has to end with 0."""
@@ -193,7 +231,11 @@ class Fleet:
         self.exits.append((member.name, code))
         member.ended_at = time.monotonic()
         self._note(f"{member.name} ended with {code}")
-        if code not in member.told | self._excused:
+        allowed = member.told | member.excused | self.excused
+        if self.unheard:
+            allowed |= {6} if 0 in member.told else set()
+            allowed |= set() if member.joined else {3}
+        if code not in allowed:
             last = member.worker.stderr_text().splitlines()[-1:]
             self.problems.append(f"{member.name} ended by itself with exit code {code}: {last}")
 
@@ -213,4 +255,6 @@ class Fleet:
         member.failed_probes = member.failed_probes + 1 if b" 503 " in status else 0
         if member.failed_probes >= self.patience:
             self._note(f"/livez calls {member.name} dead: killed")
+            if not (member.told | member.excused | self.excused or self.unheard):
+                self.problems.append(f"/livez calls {member.name} dead, which no fault explains")
             member.kill()

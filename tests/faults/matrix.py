@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from tests.faults.catalogue import FAULTS
-from tests.faults.run import Report
+from tests.faults.run import BACK_S, Report
 
 HEAD = (
     "fault",
@@ -17,6 +17,8 @@ HEAD = (
     "lost",
     "duplicated",
     "longest pause",
+    "for readers",
+    "back",
     "back after",
     "verdict",
 )
@@ -26,7 +28,8 @@ def rows(reports: Sequence[Report]) -> list[tuple[str, ...]]:
     """HEAD's columns, a tuple for each row.
 
     Only faults are counted that found results before them and input left.  ``duplicated`` shows, where any are
-    allowed, at most how many.  Times are medians over the faults.
+    allowed, the most of one fault and what one may have.  ``back`` is after how many of them every input had an answer
+    again within BACK_S.  Times are medians over the faults.
     """
     grouped: dict[tuple[str, str], list[Report]] = defaultdict(list)
     for report in reports:
@@ -34,8 +37,10 @@ def rows(reports: Sequence[Report]) -> list[tuple[str, ...]]:
     made = []
     for (name, guarantee), runs in grouped.items():
         counted = [injection for report in runs for injection in report.counted]
-        allowed = sum(report.duplicates_allowed for report in runs)
+        most = max((injection.repeated for injection in counted), default=0)
+        allowed = max((injection.allowed for injection in counted), default=0)
         duplicated = sum(report.duplicated for report in runs)
+        back = sum(injection.back_s <= BACK_S for injection in counted)
         failed = sum(bool(report.problems) for report in runs)
         made.append(
             (
@@ -44,13 +49,36 @@ def rows(reports: Sequence[Report]) -> list[tuple[str, ...]]:
                 str(len(counted)),
                 str(sum(report.documents for report in runs)),
                 str(sum(report.lost for report in runs)),
-                f"{duplicated} (≤ {allowed})" if allowed else str(duplicated),
+                f"{duplicated} (most {most} of {allowed})" if allowed else str(duplicated),
                 f"{median(injection.pause_s for injection in counted):.1f} s" if counted else "–",
+                f"{median(injection.readers_s for injection in counted):.1f} s" if counted else "–",
+                f"{back} of {len(counted)}",
                 f"{median(injection.back_s for injection in counted):.1f} s" if counted else "–",
-                "kept" if not failed else f"{failed} of {len(runs)} runs FAILED",
+                _verdict(len(counted), failed, len(runs)),
             )
         )
     return made
+
+
+def _verdict(counted: int, failed: int, runs: int) -> str:
+    if failed:
+        return f"{failed} of {runs} runs FAILED"
+    return "kept" if counted else "NOT COUNTED"
+
+
+def shortfall(reports: Sequence[Report], wanted: Sequence[tuple[str, str]], least: int) -> list[str]:
+    """Why these runs are not the matrix that was asked for: ``wanted`` are its rows, name and guarantee."""
+    counted: dict[tuple[str, str], int] = dict.fromkeys(wanted, 0)
+    for report in reports:
+        counted[report.name, report.guarantee] = counted.get((report.name, report.guarantee), 0) + len(
+            report.counted
+        )
+    lines = [
+        f"no fault was counted: {name}, {guarantee}" for (name, guarantee), n in counted.items() if not n
+    ]
+    if (total := sum(counted.values())) < least:
+        lines.append(f"{total} faults were counted, and {least} asked for")
+    return lines
 
 
 def table(reports: Sequence[Report]) -> str:

@@ -5,6 +5,7 @@ file that FAULTS_ORDER names, which it looks for before each batch; it touches `
 
 ``{"do": "raise", "byte": n}``   raise on every batch that holds a document whose digest begins with byte n
 ``{"do": "memory", "most": n}``  run out of memory on every batch of more than n documents
+``{"do": "slow", "seconds": s}`` take so long for every batch
 ``{"do": "poison"}``             fail for good, once
 ``{"do": "hang"}``               never come back from this batch
 """
@@ -16,6 +17,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +53,9 @@ class FaultyRunner(HashRunner):
             case "memory" if len(items) > order["most"]:
                 self._obeyed.touch()
                 raise OutOfMemory("told to have too little memory")
+            case "slow":
+                self._obeyed.touch()
+                time.sleep(order["seconds"])
             case "poison":
                 self._once()
                 raise DeviceFailed("told to be poisoned")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import orjson
 from aiokafka import ConsumerRecord
@@ -21,10 +22,13 @@ class Run:
 
 @dataclass(slots=True)
 class Verdict:
-    """What the output and dead-letter topics say about one input partition set."""
+    """What the output and dead-letter topics say about one input partition set.
 
-    answered: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
-    runs: dict[int, list[Run]] = field(default_factory=lambda: defaultdict(list))
+    Partitions are what the places call them: numbers where one topic is read.
+    """
+
+    answered: dict[Any, set[int]] = field(default_factory=lambda: defaultdict(set))
+    runs: dict[Any, list[Run]] = field(default_factory=lambda: defaultdict(list))
     repeats: int = 0
 
     def missing(self, inputs: dict[int, int]) -> list[tuple[int, int]]:
@@ -40,13 +44,29 @@ class Verdict:
 def judge(results: Sequence[ConsumerRecord], dead_letters: Sequence[ConsumerRecord] = ()) -> Verdict:
     """Judge records as ``Kafka.read_all`` gives them: by output partition, in offset order.
 
+    A tombstone that was passed on names no source, so it is left out.
+    """
+    sources = [orjson.loads(record.value)["source"] for record in results if record.value is not None]
+    headers = [dict(record.headers) for record in dead_letters]
+    return judge_places(
+        [(source["partition"], source["offset"]) for source in sources],
+        [
+            (int(found["inferstream.source.partition"]), int(found["inferstream.source.offset"]))
+            for found in headers
+        ],
+    )
+
+
+def judge_places(
+    results: Iterable[tuple[Hashable, int]], dead_letters: Iterable[tuple[Hashable, int]] = ()
+) -> Verdict:
+    """Judge answers by the partition and offset of what they answer, in the order in which they are found.
+
     A run ends where the source offset of a partition does not increase; so two workers that both write, or a
     result that overtakes another, show as a further run, and a repeat is a result whose source was answered.
     """
     verdict = Verdict()
-    for record in results:
-        source = orjson.loads(record.value)["source"]
-        partition, offset = source["partition"], source["offset"]
+    for partition, offset in results:
         runs = verdict.runs[partition]
         if runs and offset > runs[-1].last:
             runs[-1].last = offset
@@ -56,10 +76,7 @@ def judge(results: Sequence[ConsumerRecord], dead_letters: Sequence[ConsumerReco
         if offset in verdict.answered[partition]:
             verdict.repeats += 1
         verdict.answered[partition].add(offset)
-    for record in dead_letters:
-        headers = dict(record.headers)
-        partition = int(headers["inferstream.source.partition"])
-        offset = int(headers["inferstream.source.offset"])
+    for partition, offset in dead_letters:
         if offset in verdict.answered[partition]:
             verdict.repeats += 1
         verdict.answered[partition].add(offset)
