@@ -436,20 +436,39 @@ def test_encoder_when_threads_share_it_gives_each_its_own_rows() -> None:
             np.testing.assert_allclose(rows, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize(("own_s", "told"), [(2.0, True), (0.5, False)])
-def test_dtype_when_it_measures_slower_than_float32_is_warned_of(
-    own_s: float, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+SLOWER = ["model.dtype bfloat16 is slower than float32 on this machine"]
+FASTER = ["model.dtype bfloat16 would be faster than float32 on this machine"]
+
+
+@pytest.mark.parametrize(
+    ("own", "bfloat16_s", "has_it", "told"),
+    [
+        (torch.bfloat16, 2.0, True, SLOWER),
+        (torch.bfloat16, 0.5, True, []),
+        (torch.float32, 2.0, True, []),
+        (torch.float32, 0.9, True, []),
+        (torch.float32, 0.5, True, FASTER),
+        (torch.float32, 0.5, False, []),
+    ],
+)
+def test_dtype_when_the_other_measures_faster_then_the_log_says_so(
+    own: torch.dtype,
+    bfloat16_s: float,
+    has_it: bool,
+    told: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def seconds(width: int, rows: int, dtype: torch.dtype) -> float:
-        return 1.0 if dtype is torch.float32 else own_s
+        return 1.0 if dtype is torch.float32 else bfloat16_s
 
     monkeypatch.setattr(cpu_dtype, "_layer_seconds", seconds)
+    monkeypatch.setattr(cpu_dtype, "cpu_has_bfloat16", lambda: has_it)
+    caplog.set_level("INFO")
 
-    cpu_dtype.warn_if_slower_than_float32(tiny("bert").to(torch.bfloat16))
+    cpu_dtype.say_if_another_is_faster(tiny("bert").to(own))
 
-    assert [record.getMessage() for record in caplog.records] == (
-        ["model.dtype bfloat16 is slower than float32 on this machine"] if told else []
-    )
+    assert [record.getMessage() for record in caplog.records] == told
 
 
 # ---- the device

@@ -19,7 +19,7 @@ from inferstream.device import Device, Runner
 from inferstream.device.cpu import CpuDevice
 from inferstream.device.gpus import dtype_on, gpu_of, gpus_for, peak_on
 from inferstream.errors import ModelError, SettingsError
-from inferstream.models.cpu_dtype import cpu_dtype, warn_if_slower_than_float32
+from inferstream.models.cpu_dtype import cpu_dtype, say_if_another_is_faster
 from inferstream.models.files import locate, one_line, read_json, transformer_folder
 from inferstream.models.positions import most_tokens
 from inferstream.models.warmup import Costs, warm_up
@@ -347,12 +347,9 @@ class Transformer:
 
     def on_cpu(self, *, type_ids: bool) -> Encoder:
         """``type_ids``: the tokenizer gives token types."""
-        import torch
-
         from inferstream.models.execution import cpu_encoder
 
-        if self.model.dtype != torch.float32:
-            warn_if_slower_than_float32(self.model)
+        say_if_another_is_faster(self.model)
         return cpu_encoder(self.model, self.head, pad_id=self.pad_id, type_ids=type_ids)
 
     def on_gpus(self, free: Mapping[int, int], *, type_ids: bool) -> Forward:
