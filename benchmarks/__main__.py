@@ -34,7 +34,7 @@ from benchmarks.machine import hardware, has_bfloat16, versions
 from benchmarks.peers import PeerUnavailable, environment
 from benchmarks.publish import publish
 from benchmarks.report import Report, Section, number
-from benchmarks.scale import FULL, MODEL, SHORT, Scale
+from benchmarks.scale import FULL, SHORT, Scale
 
 THROUGHPUT = ("naive-64", "naive-1000", "infinity", "engine")
 NAMES = (*THROUGHPUT, "paced", "pipe", "guarantees", "latency", "memory", "overlap", "prefetch", "batching")
@@ -50,7 +50,8 @@ class Run:
         self._arena = arena
         self._scale = scale
         self._names = names
-        self._peak: float | None = None
+        # Documents/s, and the batch.max_tokens they were reached with.
+        self._peak: tuple[float, int] | None = None
         self.sections: dict[str, Section] = {}
         self.failed: list[str] = []
         self.unmeasured: dict[str, str] = {}
@@ -73,7 +74,12 @@ class Run:
             "overlap": lambda: asyncio.to_thread(
                 overlap.run, self._scale.overlap_documents, self._scale.overlap_rounds
             ),
-            "prefetch": lambda: asyncio.to_thread(prefetch.run, self._scale.prefetch_documents),
+            "prefetch": lambda: asyncio.to_thread(
+                prefetch.run,
+                self._scale.rounds,
+                self._scale.prefetch_documents,
+                self._scale.prefetch_rounds,
+            ),
             "batching": self._batching,
         }
         for name, step in steps.items():
@@ -104,26 +110,29 @@ class Run:
             self.failed.append(name)
             _say(f"{name}: not measured: {error}")
             return
+        section.took_s = time.monotonic() - started
         self.sections[name] = section
         for goal in section.goals:
             _say("  " + " ".join(goal.row()).replace("*", ""))
-        _say(f"{name}: {time.monotonic() - started:.0f} s")
+        _say(f"{name}: {section.took_s:.0f} s")
 
     async def _throughput(self, against: Sequence[str], dtype: str) -> Section:
         section = await throughput.run(self._arena, self._scale, against, dtype)
         if dtype == "float32":
-            self._peak = statistics.median(section.data["rates"][throughput.OURS])
+            rate = statistics.median(section.data["rates"][throughput.OURS])
+            self._peak = rate, section.data["engine"]["calibration"]["batch_max_tokens"]
             section.text += [f"`{name}`: not measured: {why}" for name, why in self.unmeasured.items()]
             section.data["not_measured"] = self.unmeasured
         return section
 
     async def _latency(self) -> Section:
-        return await latency.run(self._arena, self._scale, self._peak or await self._measured_peak())
+        rate, batch_max_tokens = self._peak or await self._measured_peak()
+        return await latency.run(self._arena, self._scale, rate, batch_max_tokens)
 
-    async def _measured_peak(self) -> float:
-        """The engine's rate on a few documents, for a run that did not measure the worker's."""
+    async def _measured_peak(self) -> tuple[float, int]:
+        """The engine's rate on a few documents, for a run that did not measure the worker's; its batch.max_tokens."""
         folder = self._arena.folder / "engine-peak"
-        config = self._arena.config(Topics("documents", "results", "engine-peak"), {"model": {"id": MODEL}})
+        config = self._arena.config(Topics("documents", "results", "engine-peak"), latency.OURS)
         options = {
             "config": str(config),
             "texts": str(self._arena.texts_file()),
@@ -133,7 +142,8 @@ class Run:
         }
         engine = Child(folder, "engine", options)
         try:
-            return float((await engine.answer(READY_S))["rate"])
+            answer = await engine.answer(READY_S)
+            return answer["rate"], answer["batch_max_tokens"]
         finally:
             engine.kill()
 

@@ -301,6 +301,11 @@ class Script(Contestant):
     async def ready(self, arena: Arena) -> None:
         await self.child.answer(READY_S)
 
+    async def asked(self) -> dict[str, Any]:
+        """What it says for a SIGUSR1."""
+        self.child.send(signal.SIGUSR1)
+        return await self.child.answer(READY_S)
+
     def stop(self) -> None:
         self.child.kill()
 
@@ -316,16 +321,21 @@ class Watched(Script):
         changes: Mapping[str, Any],
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        config = str(arena.config(topics, changes))
-        super().__init__(arena, name, topics, "worker", {"config": config, **(options or {})})
+        self._dials = arena.folder / topics.group / "dials.json"
+        files = {"config": str(arena.config(topics, changes)), "dials": str(self._dials)}
+        super().__init__(arena, name, topics, "worker", {**files, **(options or {})})
 
     async def ready(self, arena: Arena) -> None:
         await _polling(arena, self)
 
-    async def mark(self) -> None:
-        """What was before does not count."""
-        self.child.send(signal.SIGUSR1)
-        await self.child.answer(READY_S)
+    async def mark(self, **dials: float) -> dict[str, Any]:
+        """What it saw since the last mark, which no longer counts.
+
+        From now on the paced device does ``tokens_per_s``, and threads wait ``switch_interval_s`` for the interpreter's
+        lock, where these are given.
+        """
+        self._dials.write_text(json.dumps(dials))
+        return await self.asked()
 
     async def seen(self) -> dict[str, Any]:
         """What it saw since the mark; it drains and ends."""

@@ -41,7 +41,7 @@ class PacedDevice:
         self.padded = False
         self.max_tokens: int | None = None
         self.spans: list[Span] = []
-        self._tokens_per_s = tokens_per_s
+        self.tokens_per_s = tokens_per_s
         self._rows = np.zeros((1, width), dtype=np.float32)
         self._rows[0, 0] = 1.0
         self._free_at = 0.0
@@ -52,7 +52,7 @@ class PacedDevice:
 
     def launch(self, slot: int, items: Sequence[Any]) -> None:
         start = max(time.perf_counter(), self._free_at)
-        self._free_at = start + sum(tokens for _, tokens in items) / self._tokens_per_s
+        self._free_at = start + sum(tokens for _, tokens in items) / self.tokens_per_s
         self._staged.put((slot, len(items), start, self._free_at))
 
     def wait(self) -> Flight | None:

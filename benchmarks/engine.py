@@ -43,6 +43,7 @@ async def serve(options: dict[str, Any]) -> None:
             "rate": rate,
             "documents": count,
             "compute_threads": model.device.lanes,
+            "batch_max_tokens": settings.batch.max_tokens,
             "costs": asdict(model.costs),
         }
     )

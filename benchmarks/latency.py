@@ -24,6 +24,7 @@ from benchmarks.report import Goal, Section, number, percentile, table
 from benchmarks.scale import MODEL, Scale
 from inferstream.settings import Settings
 
+OURS = {"model": {"id": MODEL, "dtype": "float32"}}  # as under backlog
 LOAD = 0.3  # of the peak
 SEED = 7
 WARM_UP = 50  # documents before those that count
@@ -32,10 +33,14 @@ LINGER_MS = Settings().batch.linger_ms
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """What a stream of arrivals saw; milliseconds.  ``batches`` are times on the device."""
+    """What a stream of arrivals saw; milliseconds.
+
+    ``batches`` are times on the device; ``batch_max_tokens`` is how large they might be.
+    """
 
     latencies: list[float]
     batches: list[float]
+    batch_max_tokens: int
     worker_cpu_s: float
     broker_cpu_s: float
     publisher_cpu_s: float
@@ -53,10 +58,18 @@ class Stream:
         ]
 
 
-async def run(arena: Arena, scale: Scale, peak: float) -> Section:
-    """``peak`` in documents per second, from Kafka to Kafka under backlog."""
+async def run(arena: Arena, scale: Scale, peak: float, batch_max_tokens: int) -> Section:
+    """``peak`` in documents per second under backlog, reached with batches of so many tokens.
+
+    Raises ValueError if latency is measured with others: large batches for one and small ones for the other would be
+    two workers.
+    """
     rate = LOAD * peak
-    model = await stream(arena, "latency", {"model": {"id": MODEL}}, rate, scale.latency_documents)
+    model = await stream(arena, "latency", OURS, rate, scale.latency_documents)
+    if model.batch_max_tokens != batch_max_tokens:
+        raise ValueError(
+            f"batch.max_tokens is {model.batch_max_tokens} here and {batch_max_tokens} where the peak is from"
+        )
     pipe = await stream(arena, "latency-pipe", HASH, rate, scale.latency_pipe_documents)
     batch_ms, pipe_ms = percentile(model.batches, 0.99), percentile(pipe.latencies, 0.99)
     bound = LINGER_MS + 2 * batch_ms + pipe_ms
@@ -69,11 +82,12 @@ async def run(arena: Arena, scale: Scale, peak: float) -> Section:
         f"Poisson arrivals at {number(rate)} documents/s, {LOAD:.0%} of the peak of {number(peak)}. The bound is "
         f"linger ({LINGER_MS:g} ms) + 2 × p99 of a batch on the device ({number(batch_ms)} ms) + p99 of builtin:hash "
         f"under the same arrivals ({number(pipe_ms)} ms): a document that finds the device busy waits for one batch "
-        "and then is in one.",
+        f"and then is in one. batch.max_tokens is {batch_max_tokens:,} here as under backlog.",
     ]
     section.data = {
         "rate": rate,
         "peak": peak,
+        "batch_max_tokens": batch_max_tokens,
         "p50_ms": percentile(model.latencies, 0.5),
         "p99_ms": percentile(model.latencies, 0.99),
         "batch_p99_ms": batch_ms,
@@ -111,7 +125,7 @@ async def stream(arena: Arena, name: str, changes: Mapping[str, Any], rate: floa
     )
     latencies = [float(appended - arrived) for arrived, appended in results[WARM_UP:]]
     batches = [seconds * 1e3 for seconds in seen["batch_s"]]
-    return Stream(latencies, batches, worker_cpu, broker_cpu, own_cpu)
+    return Stream(latencies, batches, seen["batch_max_tokens"], worker_cpu, broker_cpu, own_cpu)
 
 
 def arrivals(count: int, rate: float) -> list[float]:

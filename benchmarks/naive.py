@@ -1,13 +1,15 @@
 """The loop that people write first: poll, encode, send, commit.  ``python -m benchmarks.naive JSON``.
 
-Prints ``{"ready": true}`` once the model is warm and the group has settled.  Torch with its default number of
-threads, and encode() as it comes: batches of 32, the longest texts first within one call.
+Prints ``{"ready": true}`` once the model is warm and the group has settled; then, for each SIGUSR1, what the model
+computed since the last one.  Torch with its default number of threads, and encode() as it comes: batches of 32, the
+longest texts first within one call.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -33,10 +35,34 @@ def load(model_id: str, dtype: str) -> Any:
     return model
 
 
+class Computed:
+    """The tokens that go through a sentence-transformers model, and what they are with their padding."""
+
+    def __init__(self, model: Any) -> None:
+        self._tokens = self._padded = 0
+        model[0].register_forward_pre_hook(self._count)
+
+    def taken(self) -> dict[str, int]:
+        """What there was since this was last asked."""
+        found = {"tokens": self._tokens, "padded_tokens": self._padded}
+        self._tokens = self._padded = 0
+        return found
+
+    def _count(self, _: Any, arguments: tuple[Any, ...]) -> None:
+        mask = arguments[0]["attention_mask"]
+        self._tokens += int(mask.sum())
+        self._padded += mask.numel()
+
+
 async def serve(
-    options: dict[str, Any], embed: Callable[[list[str]], Awaitable[Sequence[np.ndarray]]]
+    options: dict[str, Any],
+    embed: Callable[[list[str]], Awaitable[Sequence[np.ndarray]]],
+    computed: Computed,
 ) -> None:
     """Answer what is in the topic for ever; ``embed`` gives a vector for each text."""
+    asyncio.get_running_loop().add_signal_handler(
+        signal.SIGUSR1, lambda: print(json.dumps(computed.taken()), flush=True)
+    )
     consumer = AIOKafkaConsumer(
         options["source"],
         bootstrap_servers=options["bootstrap"],
@@ -86,7 +112,7 @@ async def main(options: dict[str, Any]) -> None:
         found: Sequence[np.ndarray] = model.encode(texts, show_progress_bar=False)
         return found
 
-    await serve(options, embed)
+    await serve(options, embed, Computed(model))
 
 
 if __name__ == "__main__":

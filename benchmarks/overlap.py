@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,7 @@ import torch
 
 from benchmarks.documents import Corpus
 from benchmarks.machine import hardware, versions
-from benchmarks.report import Section, number, table
+from benchmarks.report import Section, Spread, number, round_ratios, table
 from benchmarks.scale import FULL, MODEL, SHORT
 from inferstream.codec import Codec
 from inferstream.device import Runner
@@ -43,6 +42,8 @@ from inferstream.tasks import Task
 from inferstream.tools.bench import Engine
 
 WHOLE_BATCH = 1 << 30  # tokens: a batch is one forward
+WHOLE = "all of it"
+BUSY = (False, True)
 
 
 class ManyThreaded(Encoder):
@@ -79,11 +80,16 @@ class OnlyLinear:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A way to run the stage: ``run`` takes texts through and gives seconds; ``use`` makes the model attend so."""
+    """A way to run the stage: ``run`` takes texts through and gives seconds; ``use`` makes the model attend so.
+
+    It gets ``share`` of the documents; a ``bound`` does only a part of what all the stage does.
+    """
 
     name: str
     use: Callable[[], None]
     run: Callable[[Sequence[str]], float]
+    share: float = 1.0
+    bound: bool = False
 
 
 def ways(settings: Settings, task: Task) -> list[Way]:
@@ -103,9 +109,9 @@ def ways(settings: Settings, task: Task) -> list[Way]:
         return lambda texts: asyncio.run(through_the_stages(settings, task, runner, threads, staged, texts))
 
     return [
-        Way("all of it", packed.use, engine(whole, k)),
+        Way(WHOLE, packed.use, engine(whole, k)),
         Way("padded and sorted, not packed", padded.use, engine(Encoder(padded), k)),
-        Way("padded as they arrive", padded.use, engine(arrival, k)),
+        Way("padded as they arrive", padded.use, engine(arrival, k), share=1 / 3),
         Way(f"one forward on {k} threads, not {k} on one each", packed.use, engine(ManyThreaded(packed), 1)),
         Way("no batch staged behind those that compute", packed.use, engine(whole, k, staged=0)),
         Way(
@@ -117,6 +123,7 @@ def ways(settings: Settings, task: Task) -> list[Way]:
             "for comparison: only the model's matrix multiplications",
             packed.use,
             engine(OnlyLinear(transformer.model, packed.width), k),
+            bound=True,
         ),
     ]
 
@@ -174,35 +181,64 @@ def run(documents: int, rounds: int) -> Section:
     model = load(settings, Codec.from_settings(settings).embedding)
     model.device.close()
     texts = Corpus.load().take(documents)
-    tokens = sum(each.tokens for each in prepared(model.task, texts))
+    lengths = [each.tokens for each in prepared(model.task, texts)]
     candidates = ways(settings, model.task)
-    names = [way.name for way in candidates]
-    rates: dict[tuple[str, bool], list[float]] = {}
-    for busy in (False, True):
+    rates: dict[tuple[str, bool], list[float]] = {(way.name, busy): [] for way in candidates for busy in BUSY}
+    order = list(candidates)
+    for busy in BUSY:
         for turn in range(rounds + 1):
-            for way in candidates:
+            for way in order:
                 way.use()
+                count = round(documents * way.share) if turn else documents // 8
                 with neighbour(busy):
-                    rate = tokens / way.run(texts if turn else texts[: documents // 8])
+                    rate = sum(lengths[:count]) / way.run(texts[:count])
                 if turn:  # the first turn pays what is paid once
-                    rates.setdefault((way.name, busy), []).append(rate)
-            candidates.reverse()
+                    rates[way.name, busy].append(rate)
+            order.reverse()
+    return section_of(candidates, rates, documents, sum(lengths) / documents)
+
+
+def section_of(
+    candidates: Sequence[Way],
+    rates: Mapping[tuple[str, bool], Sequence[float]],
+    documents: int,
+    tokens: float,
+) -> Section:
+    """``rates`` in tokens/s, round by round, quiet and beside a busy process; ``tokens`` of a document on average."""
     section = Section("What each part of the stage is worth")
-    whole = {busy: statistics.median(rates["all of it", busy]) for busy in (False, True)}
-    rows: list[list[Any]] = []
-    for name in names:
-        row = [name]
-        for busy in (False, True):
-            rate = statistics.median(rates[name, busy])
-            row += [number(rate), f"{rate / whole[busy]:.2f}"]
+    rows: list[list[str]] = []
+    for way in candidates:
+        row = [way.name]
+        for busy in BUSY:
+            ratios = round_ratios(rates[way.name, busy], rates[WHOLE, busy])
+            rate = Spread.of(rates[way.name, busy])
+            row += [f"{number(rate.median)} ({rate.range})"]
+            row += [told(Spread.of(ratios), way.bound) if way.name != WHOLE else "1"]
         rows.append(row)
+    rounds = len(rates[WHOLE, False])
     head = ["", "tokens/s, quiet", "of all of it", "tokens/s, a core is busy", "of all of it"]
     section.text += [
         table(head, rows),
-        f"MiniLM in float32, {documents:,} documents of {tokens / documents:.0f} tokens on average, medians of "
-        f"{rounds} interleaved rounds.",
+        f"MiniLM in float32, {documents:,} documents of {tokens:.0f} tokens on average (padded as they arrive: the "
+        f"first third of them), {rounds} rounds in which each way has its turn. Medians, in brackets lowest – "
+        "highest; a ratio is formed within a round. Where its rounds lie on both sides of 1.00 it is not "
+        "distinguishable from all of it; where they do not, chance alone would have them all on one side once in "
+        f"{2 ** (rounds - 1)} times.",
     ]
+    section.data = {
+        "rates": {
+            f"{name}, {'busy' if busy else 'quiet'}": list(found) for (name, busy), found in rates.items()
+        }
+    }
     return section
+
+
+def told(ratio: Spread, bound: bool) -> str:
+    """A ratio to all of it, and what it can not be taken for; ``bound``: all of it does that and more."""
+    found = f"{number(ratio.median)} ({ratio.range})"
+    if bound and ratio.median < 1.0:
+        return f"{found}: noise, all of it cannot be faster"
+    return f"{found}: not distinguishable" if ratio.covers(1.0) else found
 
 
 def prepared(task: Task, texts: Sequence[str]) -> list[Prepared]:
@@ -212,7 +248,7 @@ def prepared(task: Task, texts: Sequence[str]) -> list[Prepared]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overlap", description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="fewer documents, one round")
+    parser.add_argument("--short", action="store_true", help="fewer documents and rounds")
     options = parser.parse_args()
     scale = SHORT if options.short else FULL
     section = run(scale.overlap_documents, scale.overlap_rounds)

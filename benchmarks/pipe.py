@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import asdict
 
 from benchmarks.arena import SETTLE_S, Arena, Contestant, Ours, Round, Script, rounds_table
-from benchmarks.report import Goal, Section, median_ratio
+from benchmarks.report import Goal, Section, round_ratios
 from benchmarks.scale import Scale
 
 HASH = {"model": {"id": "builtin:hash"}}
@@ -34,10 +34,9 @@ async def run(arena: Arena, scale: Scale) -> Section:
     finally:
         for contestant in contestants:
             contestant.stop()
-    ratio = median_ratio([r.rate for r in rounds[OURS]], [r.rate for r in rounds[SMALLEST]])
-    section = Section(
-        "The pipe: builtin:hash from Kafka to Kafka", [Goal(f"{OURS} / {SMALLEST}", ratio, GOAL, True)]
-    )
+    ratios = round_ratios([r.rate for r in rounds[OURS]], [r.rate for r in rounds[SMALLEST]])
+    goal = Goal.of_rounds(f"{OURS} / {SMALLEST}", ratios, GOAL, True)
+    section = Section("The pipe: builtin:hash from Kafka to Kafka", [goal])
     section.text += [
         rounds_table("", rounds),
         f"{len(texts):,} documents a round. The smallest loop writes the same results with `getmany`, "
@@ -45,7 +44,7 @@ async def run(arena: Arena, scale: Scale) -> Section:
         "letters, one poll after the other.",
     ]
     section.data = {
-        "ratio": ratio,
+        "ratios": ratios,
         "rounds": {name: [asdict(r) for r in done] for name, done in rounds.items()},
     }
     return section

@@ -13,14 +13,15 @@ ROOT = Path(__file__).resolve().parents[1]
 def publish(report: Report, root: Path = ROOT) -> None:
     """Replace what stands there; raises ValueError where a mark is missing."""
     (root / "docs" / "performance.md").write_text(report.markdown())
-    _replace(root / "README.md", "MEASURED", report.summary())
+    replace_marked("README.md", "MEASURED", report.summary(), root)
     for name in ("overlap", "prefetch"):
         if name in report.sections:
-            _, _, body = report.sections[name].markdown().partition("\n\n")  # without the title
-            _replace(root / "docs" / "cpu.md", name.upper(), body)
+            replace_marked("docs/cpu.md", name.upper(), report.sections[name].body(), root)
 
 
-def _replace(page: Path, name: str, text: str) -> None:
+def replace_marked(path: str, name: str, text: str, root: Path = ROOT) -> None:
+    """Put ``text`` between the marks ``name`` of a page; raises ValueError unless they are there once."""
+    page = root / path
     begin, end = f"<!-- {name} begin -->", f"<!-- {name} end -->"
     replaced, count = re.subn(
         f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", page.read_text(), flags=re.DOTALL

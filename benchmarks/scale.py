@@ -19,12 +19,14 @@ class Scale:
     pipe_documents: int
     guarantee_documents: int  # of the real model
     paced_documents: int
+    search_runs: int  # of the paced device, until the rate is found
     latency_documents: int
     latency_pipe_documents: int
     profile_documents: int
     overlap_documents: int
     overlap_rounds: int
     prefetch_documents: int
+    prefetch_rounds: int
 
 
 FULL = Scale(
@@ -34,13 +36,15 @@ FULL = Scale(
     bfloat16=True,
     pipe_documents=200_000,
     guarantee_documents=400,
-    paced_documents=150_000,
+    paced_documents=90_000,
+    search_runs=13,
     latency_documents=5_000,
     latency_pipe_documents=800,
     profile_documents=100_000,
-    overlap_documents=100,
-    overlap_rounds=3,
-    prefetch_documents=14,
+    overlap_documents=120,
+    overlap_rounds=4,
+    prefetch_documents=8,
+    prefetch_rounds=2,
 )
 SHORT = Scale(
     rounds=3,
@@ -49,11 +53,13 @@ SHORT = Scale(
     bfloat16=False,
     pipe_documents=40_000,
     guarantee_documents=100,
-    paced_documents=60_000,
+    paced_documents=30_000,
+    search_runs=8,
     latency_documents=500,
     latency_pipe_documents=200,
     profile_documents=30_000,
     overlap_documents=32,
-    overlap_rounds=1,
-    prefetch_documents=3,
+    overlap_rounds=2,
+    prefetch_documents=2,
+    prefetch_rounds=1,
 )

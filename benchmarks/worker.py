@@ -1,8 +1,8 @@
 """A worker as `inferstream run` starts it, with a look inside.  ``python -m benchmarks.worker JSON``.
 
 For what cannot be seen from outside: how long batches took, the CPU time of stages and threads, whether the
-device idled, and (``paced``) with a device that stands in for a faster one.  SIGUSR1 marks the beginning of what
-counts; SIGUSR2 prints what was seen since, as a line of JSON, and drains.
+device idled, and (``paced``) with a device that stands in for a faster one.  SIGUSR1 prints what was seen since the
+last one, as a line of JSON, and turns the dials that are named in the file ``dials``; SIGUSR2 prints it and drains.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Look:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._paced: dict[str, Any] | None = options.get("paced")
+        self._dials = Path(options["dials"])
         self._profiled: bool = options.get("profile", False)
         self._loop_profile = cProfile.Profile(time.thread_time)
         self._thread_profiles: list[cProfile.Profile] = []
@@ -66,8 +67,15 @@ class Look:
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self.mark)
 
     def mark(self) -> None:
-        """What was before does not count."""
+        """Say what was seen; it does not count any more."""
         assert self._worker is not None and self._device is not None
+        found = self._since()
+        dials = json.loads(self._dials.read_bytes())
+        if "switch_interval_s" in dials:
+            sys.setswitchinterval(dials["switch_interval_s"])
+        if "tokens_per_s" in dials:
+            assert isinstance(self._device, PacedDevice)
+            self._device.tokens_per_s = dials["tokens_per_s"]
         self._threads_before = _threads()
         cpu_s = self._worker.pipeline.workers.cpu_s
         self._stages_before = (cpu_s[PREPARE], cpu_s[FINISH])
@@ -77,12 +85,20 @@ class Look:
             self._device.batch_s.clear()
         if self._profiled:
             self._loop_profile.enable()
-        _say({"mark": True})
+        _say(found)
 
     def seen(self) -> dict[str, Any]:
-        """CPU seconds of threads and stages since the mark, and the device's record."""
-        assert self._worker is not None and self._device is not None
+        """What was seen since the mark, and what was called."""
         self._loop_profile.disable()
+        found = self._since()
+        if self._profiled:
+            found["loop_calls"] = _top([self._loop_profile])
+            found["worker_calls"] = _top(self._thread_profiles)
+        return found
+
+    def _since(self) -> dict[str, Any]:
+        """CPU seconds of threads and stages since the mark, the device's record, and what the worker runs with."""
+        assert self._worker is not None and self._device is not None
         threads = {
             name: seconds - self._threads_before.get(name, 0.0) for name, seconds in _threads().items()
         }
@@ -92,15 +108,17 @@ class Look:
             "finish": cpu_s[FINISH] - self._stages_before[1],
             LOOP: threads[LOOP],
         }
-        found: dict[str, Any] = {"threads": threads, "stages": stages}
+        found: dict[str, Any] = {
+            "threads": threads,
+            "stages": stages,
+            "batch_max_tokens": self._worker.settings.batch.max_tokens,
+            "switch_interval_s": sys.getswitchinterval(),
+        }
         if isinstance(self._device, PacedDevice):
             found["idle_ratio"] = self._device.idle_ratio()
             found["batches"] = [span.items for span in self._device.spans]
         else:
             found["batch_s"] = list(self._device.batch_s)
-        if self._profiled:
-            found["loop_calls"] = _top([self._loop_profile])
-            found["worker_calls"] = _top(self._thread_profiles)
         return found
 
     def _profile_workers(self) -> None:

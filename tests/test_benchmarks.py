@@ -7,6 +7,8 @@ import math
 import statistics
 import subprocess
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,21 +17,28 @@ import orjson
 import pytest
 
 import benchmarks.__main__ as main
-from benchmarks import peers
+from benchmarks import latency, peers, prefetch, switching
 from benchmarks.__main__ import NAMES, _options
-from benchmarks.arena import Arena
+from benchmarks.arena import Arena, Round
 from benchmarks.devices import CountedTask, PacedDevice, Span, WatchedDevice, idle_ratio
 from benchmarks.documents import Corpus, records
 from benchmarks.latency import arrivals
+from benchmarks.metered import DeviceCounters
+from benchmarks.naive import Computed
 from benchmarks.openvino import groups
-from benchmarks.paced import mean_tokens
+from benchmarks.overlap import told
+from benchmarks.paced import crossing_text, mean_tokens
 from benchmarks.peers import PeerUnavailable, environment, environment_folder
-from benchmarks.publish import ROOT, publish
-from benchmarks.report import Goal, Report, Section, median_ratio, number, percentile
+from benchmarks.publish import ROOT, publish, replace_marked
+from benchmarks.report import Goal, Report, Section, Spread, median_ratio, number, percentile, round_ratios
 from benchmarks.scale import FULL, SHORT
+from benchmarks.search import Crossing, first_reaching
+from benchmarks.throughput import Turn, engine_text, tokens_text
+from inferstream.batching import Item
 from inferstream.device.cpu import CpuDevice
 from inferstream.documents import Document, Prepared
 from inferstream.tasks.hash import HashRunner, HashTask
+from inferstream.telemetry.metrics import Metrics
 
 
 def test_goal_when_a_bound_is_reached_exactly_then_it_is_met() -> None:
@@ -48,10 +57,18 @@ def test_report_when_a_goal_is_missed_then_markdown_and_json_say_so_at_the_top()
     summary = report.markdown().split("## ")[0]
     tree = json.loads(report.json())
 
-    assert "| ours / theirs | 0.40 | ≥ 0.50 | **missed** |" in summary
+    assert "| ours / theirs | 0.40 |  | ≥ 0.50 | **missed** |" in summary
     assert tree["goals_met"] == 0 and tree["goals"] == 1
     assert tree["sections"]["pipe"]["goals"][0]["met"] is False
     assert tree["sections"]["pipe"]["ratio"] == 0.4
+
+
+def test_report_when_sections_took_their_time_then_it_says_how_long_each_and_what_is_left() -> None:
+    sections = {"pipe": Section("Pipe", took_s=40.0), "memory": Section("Memory", took_s=15.0)}
+
+    times = Report("python -m benchmarks", 61.0, {}, {}, {}, sections).times()
+
+    assert "| Pipe | 40.0 |\n| Memory | 15.0 |\n| what is none of these | 6.00 |\n| in all | 61.0 |" in times
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.5, 50), (0.99, 99), (1.0, 100), (0.001, 1)])
@@ -61,6 +78,217 @@ def test_percentile_when_values_are_1_to_100_then_it_is_the_nearest_rank(share: 
 
 def test_median_ratio_when_one_round_was_slow_for_both_then_it_does_not_count() -> None:
     assert median_ratio([30.0, 3.0, 60.0], [10.0, 1.0, 20.0]) == 3.0
+
+
+def test_goal_when_it_is_of_rounds_then_it_is_the_median_of_their_ratios_and_shows_the_range() -> None:
+    ours, theirs = [23.3, 26.1, 27.2], [27.1, 23.9, 26.9]
+
+    goal = Goal.of_rounds("ours / theirs", round_ratios(ours, theirs), 1.0, at_least=True)
+
+    assert goal.measured == 27.2 / 26.9  # and not 26.1 / 26.9, the quotient of the medians
+    assert goal.row() == ["ours / theirs", "1.01", "0.86 – 1.09", "≥ 1.00", "met"]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "bound", "expected"),
+    [
+        ([0.9, 0.95, 0.8], False, "0.90 (0.80 – 0.95)"),
+        ([0.9, 1.1, 1.05], False, "1.05 (0.90 – 1.10): not distinguishable"),
+        ([1.2, 1.3], True, "1.25 (1.20 – 1.30)"),
+        ([0.95, 1.3, 1.2], True, "1.20 (0.95 – 1.30): not distinguishable"),
+        ([0.8, 0.9, 1.2], True, "0.90 (0.80 – 1.20): noise, all of it cannot be faster"),
+        ([0.8, 0.9], True, "0.85 (0.80 – 0.90): noise, all of it cannot be faster"),
+    ],
+)
+def test_told_when_rounds_lie_on_both_sides_or_a_bound_is_slower_then_it_says_so(
+    rounds: list[float], bound: bool, expected: str
+) -> None:
+    assert told(Spread.of(rounds), bound) == expected
+
+
+@pytest.mark.parametrize(
+    ("rounds", "said"),
+    [
+        ([0.9, 0.95, 0.99], "is what the ratio to the engine lacks"),
+        ([0.9, 0.95, 1.01], "is of the size of that noise"),
+        ([1.01, 1.15, 1.2], "this run does not say what that is"),
+    ],
+)
+def test_engine_text_when_rounds_are_faster_than_the_engine_then_it_is_called_noise(
+    rounds: list[float], said: str
+) -> None:
+    assert said in engine_text(Spread.of(rounds))
+
+
+def turn(documents: int, tokens: int) -> Turn:
+    return Turn(documents, 2.0, 1.0, 0.1, tokens, 0.9, None)
+
+
+def test_tokens_text_when_all_counted_the_same_then_both_ratios_are_the_same_else_it_says_what_each_counted() -> (
+    None
+):
+    same = {"naive-64": [turn(10, 960)], "inferstream": [turn(10, 960), turn(20, 1920)]}
+    other = {"naive-64": [turn(10, 970)], "inferstream": [turn(10, 960)]}
+
+    assert "the same 96.0 useful tokens a document" in tokens_text(same)
+    assert "(naive-64 97.00, inferstream 96.00)" in tokens_text(other)
+
+
+async def crossing_of(
+    idle: Callable[[int], float], below: int = 15_000, reached: int = 31_000, most: int = 30
+) -> Crossing:
+    async def measure(rate: int) -> float:
+        return idle(rate)
+
+    return await first_reaching(measure, 0.03, below, reached, step=1_000, rounds=3, most=most)
+
+
+@pytest.mark.parametrize("first", range(1_000, 50_000, 1_000))
+async def test_search_when_measurements_are_exact_then_it_finds_the_first_rate_wherever_it_lies(
+    first: int,
+) -> None:
+    found = await crossing_of(lambda rate: 0.03 if rate >= first else 0.0, most=1_000)
+
+    if first == 1_000:
+        assert (found.below, found.reached) == (None, None)  # there is no rate above 0 below it
+    else:
+        assert (found.below, found.reached) == (first - 1_000, first)
+        assert all(len(found.runs[rate]) >= 3 for rate in (found.below, found.reached))
+    if 15_000 < first <= 31_000:
+        assert sum(map(len, found.runs.values())) <= 4 + 5
+
+
+@pytest.mark.parametrize("misled", [0.0, 1.0])
+async def test_search_when_single_measurements_mislead_it_then_the_medians_bring_it_back(
+    misled: float,
+) -> None:
+    asked: Counter[int] = Counter()
+
+    def idle(rate: int) -> float:
+        asked[rate] += 1
+        if asked[rate] == 1:
+            return misled
+        return 0.05 if rate >= 19_000 else 0.01
+
+    found = await crossing_of(idle, most=1_000)
+
+    assert (found.below, found.reached) == (18_000, 19_000)
+
+
+async def test_search_when_the_runs_are_spent_then_it_claims_nothing() -> None:
+    found = await crossing_of(lambda rate: 0.05 if rate >= 19_000 else 0.01, most=6)
+
+    assert (found.below, found.reached) == (None, None)
+    assert sum(map(len, found.runs.values())) == 6
+    assert crossing_text(found, 100).startswith("6 runs did not settle at what rate it first waits for 3%")
+
+
+def test_crossing_text_when_it_was_found_then_the_two_rates_stand_out() -> None:
+    found = Crossing(18_000, 19_000, {23_000: [0.09], 19_000: [0.04, 0.03, 0.05], 18_000: [0.02, 0.01, 0.03]})
+
+    text = crossing_text(found, 45_000)
+
+    assert text.startswith("It first waits for 3% of its time at 19,000 documents/s (at 18,000 it does not)")
+    assert text.splitlines()[-3:] == [
+        "| 18,000 | **2.00 %** | 1.00 – 3.00 % | 3 |",
+        "| 19,000 | **4.00 %** | 3.00 – 5.00 % | 3 |",
+        "| 23,000 | 9.00 % |  | 1 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("loading", "documents", "compute_s", "expected"),
+    [
+        (1, 5, 0.5, 0.5 + 5 * 0.5),
+        (1, 5, 0.1, 5 * 0.5 + 0.1),
+        (2, 5, 0.5, 0.5 + 5 * 0.5),
+        (4, 5, 0.1, 2 * 0.5 + 0.1),
+    ],
+)
+def test_bound_when_loading_or_computing_takes_longer_then_it_is_that_and_what_cannot_overlap(
+    loading: int, documents: int, compute_s: float, expected: float
+) -> None:
+    assert prefetch.Way(loading).bound_s(documents, compute_s) == pytest.approx(expected)
+
+
+def test_prefetch_when_a_pipeline_slows_computing_down_then_its_bound_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def slow(*_: Any) -> float:
+        return 6.0
+
+    monkeypatch.setattr(prefetch, "one_after_the_other", lambda *_: (5.0, 2.5))
+    monkeypatch.setattr(prefetch, "through_the_stages", slow)
+    nothing = cast(Any, None)
+
+    found = prefetch.compare(nothing, nothing, [prefetch.USUAL], 100, prefetch.FEW, rounds=2)
+    section = prefetch.section_of({prefetch.FEW: found}, 100)
+
+    assert found[prefetch.USUAL].bounds == [3.0, 3.0]
+    [goal] = section.goals
+    assert goal.name == "speed-up of 5 documents, 1 loading, a queue of 2"
+    assert (goal.measured, goal.bound, goal.met) == (5.0 / 6.0, 1.58, False)
+    row = (
+        "| 5 | 1 loading, a queue of 2 | 6.00 | 3.00 | 2.000 (2.00 – 2.00) | 0.83 x (0.83 – 0.83) | 1.67 x |"
+    )
+    assert row in section.body()
+
+
+async def test_latency_when_its_batches_are_not_those_of_the_peak_then_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def stream(*_: Any) -> latency.Stream:
+        return latency.Stream([1.0], [1.0], 1024, 0.0, 0.0, 0.0)
+
+    monkeypatch.setattr(latency, "stream", stream)
+    arena = cast(Arena, None)
+
+    with pytest.raises(ValueError, match=r"batch\.max_tokens is 1024 here and 2048 where the peak is from"):
+        await latency.run(arena, SHORT, 70.0, 2048)
+    assert "batch.max_tokens is 1,024 here" in (await latency.run(arena, SHORT, 70.0, 1024)).body()
+
+
+def test_computed_when_batches_are_padded_then_padding_is_counted_and_what_was_taken_is_counted_no_second_time() -> (
+    None
+):
+    torch = pytest.importorskip("torch")
+    first = torch.nn.Identity()
+    computed = Computed([first])
+
+    first({"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])})
+    first({"attention_mask": torch.ones(2, 5)})
+
+    assert computed.taken() == {"tokens": 14, "padded_tokens": 16}
+    assert computed.taken() == {"tokens": 0, "padded_tokens": 0}
+
+
+def test_device_counters_when_read_from_a_workers_page_then_idle_and_padding_are_what_lies_between() -> None:
+    metrics = Metrics()
+    metrics.device_lanes.set(2)
+    metrics.device(3.0, {}, 0.0)
+    metrics.batch("tokens", [Item(None, 0, 10, 0.0, None)], 20)
+    before = DeviceCounters.parse(metrics.render()[1].decode())
+    metrics.device(6.0, {}, 0.0)
+    metrics.batch("tokens", [Item(None, 0, 30, 0.0, None)], 40)
+    metrics.batch("tokens", [Item(None, 0, 30, 0.0, None)], 30)
+    after = DeviceCounters.parse(metrics.render()[1].decode())
+
+    assert (before.tokens, after.tokens) == (10, 70)
+    assert after.idle_since(before, seconds=2.0) == pytest.approx(0.25)
+    assert after.padding_efficiency_since(before) == pytest.approx(1 - 0.25 / 2)
+
+
+def test_switching_when_rounds_do_not_agree_then_it_says_that_they_do_not_tell_the_two_apart() -> None:
+    done = Round(100, 1.0, 0.01, 0.01)
+    apart = switching.section_of({0.005: [(done, 0.05), (done, 0.06)], 0.0005: [(done, 0.01), (done, 0.03)]})
+    mixed = switching.section_of({0.005: [(done, 0.05), (done, 0.02)], 0.0005: [(done, 0.01), (done, 0.03)]})
+
+    assert "| 5.00 ms (Python's default) | 5.50 % | 5.00 – 6.00 % | 100 | 100 – 100 | 100 |" in apart.body()
+    assert (
+        "3.50 percentage points more with Python's default (3.00 – 4.00), every round on the same side"
+        in apart.body()
+    )
+    assert "which does not tell the two apart" in mixed.body()
 
 
 @pytest.mark.parametrize(
@@ -173,11 +401,13 @@ def test_publish_when_a_run_is_written_down_replaces_the_marked_tables_only(tmp_
     report = Report("python -m benchmarks", 61.0, {}, {}, {}, {"overlap": section})
 
     publish(report, tmp_path)
+    replace_marked("docs/cpu.md", "SWITCHING", "what it is worth", tmp_path)
 
     assert (tmp_path / "docs" / "performance.md").read_text() == report.markdown()
     readme, cpu = (tmp_path / "README.md").read_text(), (tmp_path / "docs" / "cpu.md").read_text()
     assert f"<!-- MEASURED begin -->\n{report.summary()}\n<!-- MEASURED end -->" in readme
     assert "what it is\n<!-- OVERLAP end -->" in cpu
+    assert "<!-- SWITCHING begin -->\nwhat it is worth\n<!-- SWITCHING end -->" in cpu
     for page, now in (("README.md", readme), ("docs/cpu.md", cpu)):
         assert now.split("<!-- ")[0] == pages[page].split("<!-- ")[0]
         assert now.rsplit(" end -->")[-1] == pages[page].rsplit(" end -->")[-1]

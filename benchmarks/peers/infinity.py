@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from infinity_emb import AsyncEmbeddingEngine, EngineArgs
 
-from benchmarks.naive import serve
+from benchmarks.naive import Computed, serve
 
 WARM_UP = ["warm up " * n for n in (1, 8, 64, 256)]
 
@@ -39,7 +39,8 @@ async def main(options: dict[str, Any]) -> None:
 
     await engine.astart()
     await embed(WARM_UP * options["batch_size"])
-    await serve(options, embed)
+    [model] = engine._model_replicas  # the engine shows it nowhere
+    await serve(options, embed, Computed(model))
 
 
 if __name__ == "__main__":
