@@ -85,8 +85,8 @@ class Subject:
         self._log = folder / "stderr.log"
         self.baseline = 0
 
-    async def start(self, changes: dict[str, Any]) -> None:
-        """Make the topics, start, answer some documents, and take the baseline."""
+    async def make_topics(self, changes: dict[str, Any]) -> None:
+        """Make the topics, and the settings that go with them."""
         broker = self.broker
         name = broker.unique("bounded")
         self.source = await broker.create_topic(f"{name}-in", self.partitions)
@@ -94,6 +94,9 @@ class Subject:
         await broker.create_topic(f"{name}-out.dead-letters", 1, {"max.message.bytes": str(2 * MIB)})
         self._group = name
         self.tree = settings(broker.bootstrap, self.source, self.target, name, merged(BOUNDS, changes))
+
+    async def start(self) -> None:
+        """Start, answer some documents, and take the baseline."""
         config = write_config(self.folder, self.tree)
         options = {"config": str(config), "hold": str(self.hold), "document_s": self._document_s}
         path = os.pathsep.join([str(ROOT), str(ROOT / "service")])
@@ -205,8 +208,9 @@ async def subject(
 ) -> AsyncIterator[Subject]:
     folder.mkdir(parents=True)
     worker = Subject(broker, folder, partitions, document_s)
+    await worker.make_topics(changes or {})
     try:
-        await worker.start(changes or {})
+        await worker.start()
         yield worker
         await worker.end()
     finally:
@@ -237,7 +241,7 @@ async def stopped_broker(broker: Broker, folder: Path) -> Sequence[Growth]:
         await worker.until_steady()
         await asyncio.sleep(STILL_S)
         killed = worker.growth("broker killed")
-        await asyncio.to_thread(broker.start)
+        broker.start()  # in the main thread: a broker ends with the thread that started it
         await worker.until_answered(WARM + count)
         return frozen, killed, worker.growth("broker back, the backlog answered")
 
