@@ -221,11 +221,18 @@ async def _ordered(
 ) -> tuple[Member, int]:
     """Give a worker the order and wait until it has obeyed; another worker if that one ends first.
 
+    Whoever gives an order takes it back: until then the worker takes no other.
+
     ``exits`` are the codes that obeying may end it with.  The worker comes back, and how often it had been started by
     then.
     """
     while True:
         member = await scene.pick()
+
+        async def is_free(member: Member = member) -> bool:
+            return not member.under_orders
+
+        await scene.until(is_free, f"{member.name} to be done with its order")  # of a fault at the same time
         scene.note(f"{member.name} is told: {order}")
         starts = member.starts
         member.excused |= exits
@@ -259,7 +266,8 @@ async def out_of_memory(scene: Scene) -> None:
 
 @fault("poisoned-context", "a poisoned context", under_orders=True, repeats=1)
 async def poisoned_context(scene: Scene) -> None:
-    await _ordered(scene, {"do": "poison"}, frozenset({5}))
+    member, _ = await _ordered(scene, {"do": "poison"}, frozenset({5}))
+    member.take_order_back()
 
 
 @fault("device-hangs", "the device hangs", under_orders=True, repeats=1)
@@ -268,6 +276,7 @@ async def device_hangs(scene: Scene) -> None:
     scene.fleet.patience = scene.chance.choice([1, 3, 1000])
     member, starts = await _ordered(scene, {"do": "hang"}, frozenset({8}))
     await _started_again(scene, member, starts)
+    member.take_order_back()
 
 
 # ---------------------------------------------------------------- brokers

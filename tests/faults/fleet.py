@@ -50,6 +50,7 @@ class Member:
         )
         self.wanted = True  # is started again when it ends
         self.frozen = False
+        self.under_orders = False
         self.starts = 0
         self.ended_at = 0.0
         self._said_before = 0  # characters of its log that its predecessors wrote
@@ -114,13 +115,15 @@ class Member:
             self.worker.send_signal(signal.SIGCONT)
 
     def give_order(self, order: Mapping[str, Any]) -> None:
-        """Tell the device what to do; see :mod:`tests.faults.worker`."""
+        """Tell the device what to do, in place of what it was told before; see :mod:`tests.faults.worker`."""
+        self.under_orders = True
         self.order.with_suffix(".obeyed").unlink(missing_ok=True)
         partial = self.order.with_suffix(".new")
         partial.write_text(json.dumps(order))
         partial.rename(self.order)
 
     def take_order_back(self) -> None:
+        self.under_orders = False
         self.order.unlink(missing_ok=True)
 
     @property
