@@ -245,8 +245,9 @@ def older(tmp_path: Path) -> Path:
     values = yaml.safe_load((folder / "values.yaml").read_text())
     del values["shm"]
     (folder / "values.yaml").write_text(yaml.safe_dump(values))
-    pod = folder / "templates/_pod.tpl"
-    pod.write_text(pod.read_text().replace(".Values.shm.enabled", "false"))
+    for template in folder.glob("templates/*.tpl"):
+        lines = template.read_text().replace(".Values.shm.enabled", "false").splitlines()
+        template.write_text("\n".join(line for line in lines if not line.startswith('"shm')))
     return folder
 
 
