@@ -18,7 +18,6 @@ import orjson
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.consumer.fetcher import PartitionRecords
-from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import (
     CorruptRecordException,
     GroupAuthorizationFailedError,
@@ -403,18 +402,9 @@ async def test_group_when_its_members_speak_of_another_assignor_then_exits_3_nam
     kafka: Kafka, launch: Callable[..., Worker]
 ) -> None:
     source, target, group = await make_topics(kafka, "assignor", 0)
-    other = AIOKafkaConsumer(
-        source,
-        bootstrap_servers=kafka.bootstrap,
-        group_id=group,
-        partition_assignment_strategy=(RangePartitionAssignor,),
-    )
-    await other.start()
-    try:
+    async with kafka.member_of_another_kind(group, source):
         worker = launch(settings(kafka.bootstrap, source, target, group))
         assert await worker.ended(60) == 3, worker.stderr_text()[-2000:]
-    finally:
-        await other.stop()
     assert "members of another kind" in worker.stderr_text() and group in worker.stderr_text()
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import orjson
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
-from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.protocol.group import LeaveGroupRequest
 
 from inferstream.app import STOP_TIMEOUT_S
@@ -296,18 +295,9 @@ async def test_worker_when_its_group_refuses_it_while_it_runs_then_exits_3_after
     await worker.says("assigned")
     worker.send_signal(signal.SIGSTOP)
     await put_out(kafka, group)
-    other = AIOKafkaConsumer(
-        source,
-        bootstrap_servers=kafka.bootstrap,
-        group_id=group,
-        partition_assignment_strategy=(RangePartitionAssignor,),
-    )
-    await other.start()
-    try:
+    async with kafka.member_of_another_kind(group, source):
         worker.send_signal(signal.SIGCONT)
         assert await worker.ended(60) == 3, worker.stderr_text()[-2000:]
-    finally:
-        await other.stop()
     assert_one_line(worker, "has refused for 2 s", "members of another kind", group)
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import (
     GroupCoordinatorNotAvailableError,
     GroupLoadInProgressError,
@@ -210,6 +212,17 @@ class Kafka:
             for partition, found in offsets.items()
             if partition.topic == topic and found.offset >= 0
         }
+
+    @asynccontextmanager
+    async def member_of_another_kind(self, group: str, topic: str) -> AsyncIterator[None]:
+        """Meanwhile the group has a member that shares no assignor with a worker."""
+        async with AIOKafkaConsumer(
+            topic,
+            bootstrap_servers=self.bootstrap,
+            group_id=group,
+            partition_assignment_strategy=(RangePartitionAssignor,),
+        ):
+            yield
 
     def _consumer(self, **options: Any) -> AIOKafkaConsumer:
         return AIOKafkaConsumer(
