@@ -128,7 +128,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def open_lane(pipeline: Pipeline, partition: int = 0) -> Lane:
     lane = Lane("in", partition, 1, 0)
-    pipeline.open_lane(lane)
+    pipeline.open_lanes([lane], 1)
     return lane
 
 
@@ -296,6 +296,51 @@ async def test_release_when_nothing_is_committed_then_it_stops_at_the_bound(buil
     await until(lambda: not len(lane))
 
 
+async def test_release_when_a_lane_comes_back_among_more_lanes_then_what_it_holds_is_taken_from_theirs(
+    build: Build,
+) -> None:
+    pipeline, sink, _ = build(**{"delivery.max_uncommitted_documents": 50})
+    lane = open_lane(pipeline)
+    pipeline.admit(lane, [record(n) for n in range(60)])
+    await until(lambda: lane.settled == 50)
+    assert not await pipeline.close_lanes([lane], 0.05, for_good=False)
+    pipeline.suspend_lanes([lane])
+
+    others = [Lane("in", partition, 2, 0) for partition in (1, 2)]
+    pipeline.open_lanes([lane, *others], 2)
+    for other in others:
+        pipeline.admit(other, [record(n) for n in range(40)])
+    await until(lambda: not any(other.in_flight for other in others))
+    assert [other.released for other in others] == [1, 1]  # which a lane always may
+
+    pipeline.committed(lane, 30)
+    await until(lambda: pipeline.uncommitted == 20 + 15 + 15)  # without a commit of their own
+    pipeline.committed(lane, 50)
+    await until(lambda: pipeline.uncommitted == 10 + 16 + 16)
+    assert len(sink.sent) == 60 + 16 + 16
+    while len(sink.sent) < 140:
+        for each in (lane, *others):
+            pipeline.committed(each, each.settled)
+        await asyncio.sleep(0.001)
+
+
+async def test_release_when_a_lane_is_lost_and_comes_anew_then_those_that_stayed_keep_to_their_share(
+    build: Build,
+) -> None:
+    pipeline, sink, _ = build(**{"delivery.max_uncommitted_documents": 6})
+    lanes = [open_lane(pipeline, partition) for partition in range(3)]
+    for lane in lanes:
+        pipeline.admit(lane, [record(n) for n in range(10)])
+    assert not await pipeline.close_lanes(lanes, 0, for_good=False)
+    pipeline.suspend_lanes(lanes)
+    await until(lambda: not any(lane.in_flight for lane in lanes))
+    sent = len(sink.sent)
+
+    pipeline.drop_lanes(lanes[:1])
+    pipeline.open_lanes([*lanes[1:], Lane("in", 0, 2, 0)], 2)
+    assert [lane.released for lane in lanes[1:]] == [2, 2] and sent <= 6
+
+
 async def test_closing_when_everything_fits_then_all_is_acknowledged(build: Build) -> None:
     pipeline, sink, _ = build()
     lane = open_lane(pipeline)
@@ -365,7 +410,7 @@ async def test_lane_when_suspended_then_the_device_goes_on_and_nothing_is_sent_o
     await until(lambda: not lane.in_flight)
     assert len(sink.sent) == sent and pipeline.credit.documents == held
 
-    pipeline.resume_lane(lane, 2)
+    pipeline.open_lanes([lane], 2)
     pipeline.admit(lane, [record(n) for n in range(200, 210)])
     await until(lambda: not len(lane))
     assert [slot.offset for slot, _ in sink.sent] == list(range(210))
@@ -382,7 +427,7 @@ async def test_lane_when_suspended_and_dropped_then_nothing_of_it_is_left(build:
     assert not await pipeline.close_lanes([lane, other], 0.05, for_good=False)
     pipeline.suspend_lanes([lane, other])
     pipeline.drop_lanes([lane])
-    pipeline.resume_lane(other, 2)
+    pipeline.open_lanes([other], 2)
     assert pipeline.credit.documents == 0 and not len(pipeline.window) and pipeline.stage.next_retry() is None
 
     running.set()

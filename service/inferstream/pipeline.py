@@ -97,6 +97,8 @@ class Pipeline:
         self._lanes: set[Lane] = set()
         self._closing: set[Lane] = set()
         self._committed: dict[Lane, int] = {}  # how many of a lane's slots are settled and committed
+        self._uncommitted_share = self._max_uncommitted  # of each lane
+        self._shares_differ = False  # a lane has released more than its share: it was one of fewer lanes
         self._aside: list[Item] = []  # what no closing lane has the time for
         self._linger: asyncio.TimerHandle | None = None
         self._credit_freed = asyncio.Event()
@@ -109,10 +111,19 @@ class Pipeline:
 
     # ---- credit and admission (called by the source)
 
-    def open_lane(self, lane: Lane) -> None:
-        self._lanes.add(lane)
-        self._committed[lane] = 0
-        self.credit.open_lane(lane)
+    def open_lanes(self, lanes: Sequence[Lane], epoch: int) -> None:
+        """Begin with those that are new, and let those that were suspended go on, in ``epoch``."""
+        back = [lane for lane in lanes if lane in self._committed]
+        for lane in lanes:
+            if lane not in self._committed:
+                self._lanes.add(lane)
+                self._committed[lane] = 0
+                self.credit.open_lane(lane)
+        self._share_out()
+        for lane in back:
+            lane.resume(epoch)
+            self._metrics.documents_resumed(len(lane))
+        self._release(back)
         self._credit_freed.set()
 
     def poll_limit(self, lanes: Sequence[Lane]) -> tuple[Sequence[Lane], int]:
@@ -334,9 +345,18 @@ class Pipeline:
             if room > 0:
                 sink.send(lane, lane.release(room))
 
-    @property
-    def _uncommitted_share(self) -> int:
-        return max(1, self._max_uncommitted // max(1, len(self._lanes)))
+    def _share_out(self) -> None:
+        """Set what each lane may have released and not committed.
+
+        A lane that came back may have more than an even share, if there are more lanes now: the others have the
+        less until a commit covers that.
+        """
+        even = max(1, self._max_uncommitted // max(1, len(self._committed)))
+        held = [lane.released - committed for lane, committed in self._committed.items()]
+        over = [count for count in held if count > even]
+        within = max(1, len(held) - len(over))
+        self._shares_differ = bool(over)
+        self._uncommitted_share = max(1, (self._max_uncommitted - sum(over)) // within)
 
     def acknowledged(self, slots: list[Slot], *, committed: bool = False) -> None:
         """The broker has the slots' outcomes; ``committed``: and the group's offsets cover them."""
@@ -402,7 +422,11 @@ class Pipeline:
         """The group's offset now covers the first ``settled`` slots of ``lane``."""
         if lane in self._committed:
             self._committed[lane] = settled
-            self._release((lane,))
+            if self._shares_differ:
+                self._share_out()
+                self._release(self._lanes)
+            else:
+                self._release((lane,))
 
     # ---- closing
 
@@ -451,13 +475,6 @@ class Pipeline:
         self.window.add(*aside)
         self._dispatch()
 
-    def resume_lane(self, lane: Lane, epoch: int) -> None:
-        """Let a suspended lane go on, in ``epoch``."""
-        lane.resume(epoch)
-        self._metrics.documents_resumed(len(lane))
-        self._release((lane,))
-        self._credit_freed.set()
-
     def drop_lanes(self, lanes: Sequence[Lane]) -> None:
         for lane in lanes:
             if lane not in self._lanes:
@@ -466,6 +483,7 @@ class Pipeline:
             self._lanes.discard(lane)
             del self._committed[lane]
             self.credit.close_lane(lane)
+        self._share_out()
         self._forget_dropped()
 
     def _fitting(self, lanes: Sequence[Lane], time_s: float) -> dict[Lane, int]:

@@ -68,7 +68,10 @@ class Devourer:
         self.admitted: dict[int, set[int]] = defaultdict(set)
         self.polling: asyncio.Task[None] | None = None
 
-    def open_lane(self, lane: Lane) -> None: ...
+    def open_lanes(self, lanes: Sequence[Lane], epoch: int) -> None:
+        for lane in lanes:
+            if lane.suspended:
+                lane.resume(epoch)
 
     def poll_limit(self, lanes: Sequence[Lane]) -> tuple[Sequence[Lane], int]:
         return lanes, 500
@@ -93,9 +96,6 @@ class Devourer:
     def suspend_lanes(self, lanes: Sequence[Lane]) -> None:
         for lane in lanes:
             lane.suspend()
-
-    def resume_lane(self, lane: Lane, epoch: int) -> None:
-        lane.resume(epoch)
 
     def drop_lanes(self, lanes: Sequence[Lane]) -> None: ...
 

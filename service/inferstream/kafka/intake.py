@@ -11,7 +11,9 @@ from inferstream.lanes import Lane
 class Intake(Protocol):
     """What the source needs of the pipeline."""
 
-    def open_lane(self, lane: Lane) -> None: ...
+    def open_lanes(self, lanes: Sequence[Lane], epoch: int) -> None:
+        """Begin with those that are new, and let those that were suspended go on."""
+        ...
 
     def poll_limit(self, lanes: Sequence[Lane]) -> tuple[Sequence[Lane], int]:
         """The lanes that may be polled and how many records there is credit for."""
@@ -37,10 +39,8 @@ class Intake(Protocol):
         ...
 
     def suspend_lanes(self, lanes: Sequence[Lane]) -> None:
-        """Send nothing more of the lanes, which keep what they hold until they resume or are dropped."""
+        """Send nothing more of the lanes, which keep what they hold until they are opened again or dropped."""
         ...
-
-    def resume_lane(self, lane: Lane, epoch: int) -> None: ...
 
     def drop_lanes(self, lanes: Sequence[Lane]) -> None:
         """Forget what is left of the lanes and give its credit back."""

@@ -303,7 +303,7 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
                 epoch.caution = None  # the documents that it was about are not there any more
                 lane = epoch.lanes[tp] = self._make_lane(tp, epoch.number, beginning)
                 self._committed[lane] = NEVER_COMMITTED
-                self._intake.open_lane(lane)
+                self._intake.open_lanes([lane], epoch.number)
             lane.advance(beginning)
 
     # ---- epochs
@@ -394,13 +394,10 @@ class Source(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships
         if epoch.resuming:
             documents = sum(len(epoch.lanes[tp]) for tp in epoch.resuming)
             log.info("resumed", extra={"partitions": len(epoch.resuming), "documents": documents})
-        for tp, lane in epoch.lanes.items():
-            if tp in epoch.resuming:
-                self._intake.resume_lane(lane, epoch.number)
-            else:
-                self._intake.open_lane(lane)
+        lanes = list(epoch.lanes.values())
+        self._intake.open_lanes(lanes, epoch.number)
         epoch.resuming.clear()
-        self._listener.assigned(list(epoch.lanes.values()))
+        self._listener.assigned(lanes)
         epoch.gate.set()
 
     def _require_untouched(self, epoch: Epoch, opening: Opening) -> None:
