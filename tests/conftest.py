@@ -23,17 +23,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+from hypothesis import Phase, settings
 
 from tests.support.broker import Broker, BrokerUnavailable, create_broker
 from tests.support.client import Kafka
 from tests.support.worker import Worker
 
 BROKER_FIXTURES = {"kafka", "own_broker", "secure"}
+SHRINKING_S = 300  # the longest that Hypothesis looks for the shortest form of a failure
+
+# Explaining a failure traces every line, which makes the search for its shortest form several times slower.
+settings.register_profile("inferstream", phases=set(Phase) - {Phase.explain}, print_blob=True)
+settings.load_profile("inferstream")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses the real broker, and say so in the JUnit report, where CI counts it."""
+    """Give a failed property time to be told; mark what uses the real broker, and say so where CI counts it."""
     for item in items:
+        if item.path.stem.endswith("_properties"):
+            item.add_marker(pytest.mark.timeout(2 * SHRINKING_S))
         if BROKER_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             continue
         item.add_marker(pytest.mark.kafka)

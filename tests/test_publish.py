@@ -36,7 +36,7 @@ def broker() -> Iterator[EmbeddedBroker]:
 
 
 def settings(bootstrap: str = "localhost:1", **others: Any) -> Settings:
-    flags = {"kafka.bootstrap_servers": bootstrap, "kafka.connect_timeout_s": 3}
+    flags = {"kafka.bootstrap_servers": bootstrap}
     flags |= {name.replace("__", "."): value for name, value in others.items()}
     return load_settings((), {}, flags, require=False).settings
 
