@@ -1,6 +1,6 @@
 """Where tokenising runs: in threads that share one tokenizer, or in processes; and what reading out the ids costs.
 
-    python -m benchmarks.tokenising               # a minute on two cores
+    python -m benchmarks.tokenising [--docs]      # a minute on two cores; --docs writes the table into docs/cpu.md
 
 The texts go in chunks as a worker prepares them, cut to the model's length, and come out as one int32 array each.
 All ways give the same arrays.  The ratios are medians over rounds in which each way has its turn.
@@ -8,6 +8,7 @@ All ways give the same arrays.  The ratios are medians over rounds in which each
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import time
@@ -23,7 +24,8 @@ from tokenizers import Tokenizer
 
 from benchmarks.documents import Corpus
 from benchmarks.machine import hardware
-from benchmarks.report import median_ratio, number, table
+from benchmarks.publish import replace_marked
+from benchmarks.report import Section, Spread, median_ratio, number, table
 from benchmarks.scale import MODEL
 from inferstream.models.files import locate
 from inferstream.models.tokenizer import TextTokenizer
@@ -118,28 +120,39 @@ def list_share(chunks: list[Chunk], rounds: int) -> list[float]:
     return shares
 
 
-def main() -> None:
-    workers = os.cpu_count() or 1
-    chunks = chunks_of(Corpus.load().take(DOCUMENTS))
-    found = rates(chunks, ROUNDS, workers)
-    first = found["1 thread"]
+def section_of(found: dict[str, list[float]], shares: list[float]) -> Section:
+    first = next(iter(found.values()))
     rows = [
         [
             name,
-            f"{statistics.median(values):,.0f}",
-            f"{min(values):,.0f} – {max(values):,.0f}",
+            number(Spread.of(values).median),
+            Spread.of(values).range,
             number(median_ratio(values, first)),
         ]
         for name, values in found.items()
     ]
-    print(table(["tokenising", "tokens/s", "lowest – highest", "/ 1 thread"], rows))
-    shares = list_share(chunks, ROUNDS)
-    print(
-        f"\nOf a thread's time, {statistics.median(shares):.1%} ({min(shares):.1%} – {max(shares):.1%}) goes into "
-        "arrays made from lists of ids; that is all that filling a slab without lists could save."
+    section = Section("Where tokenising runs")
+    section.text += [
+        table(["tokenising", "tokens/s", "lowest – highest", "/ 1 thread"], rows),
+        f"{DOCUMENTS:,} documents cut to {MAX_LENGTH} tokens, medians of {len(first)} rounds. Of a thread's time, "
+        f"{statistics.median(shares):.1%} ({min(shares):.1%} – {max(shares):.1%}) goes into arrays made from lists "
+        f"of ids; that is all that filling a slab without lists could save. {hardware()['cpu']}, "
+        f"{hardware()['cores']} cores.",
+    ]
+    return section
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tokenising", description=__doc__.splitlines()[0]
     )
-    machine = ", ".join(f"{name} {value}" for name, value in hardware().items())
-    print(f"\n{len(chunks)} chunks, {sum(map(len, chunks)):,} documents, {ROUNDS} rounds; {machine}.")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/cpu.md, too")
+    options = parser.parse_args()
+    chunks = chunks_of(Corpus.load().take(DOCUMENTS))
+    section = section_of(rates(chunks, ROUNDS, os.cpu_count() or 1), list_share(chunks, ROUNDS))
+    print(section.markdown())
+    if options.docs:
+        replace_marked("docs/cpu.md", "TOKENISING", section.body())
 
 
 if __name__ == "__main__":
