@@ -110,13 +110,13 @@ def list_share(chunks: list[Chunk], rounds: int) -> list[float]:
     """The share of a thread's time that truncating and filling arrays from lists takes, in each round."""
     shares = []
     for _ in range(rounds):
-        cpu_s = []
-        for step in (ids_only, rows_of):
-            started = time.thread_time()
-            for chunk in chunks:
+        cpu_s = {ids_only: 0.0, rows_of: 0.0}
+        for chunk in chunks:  # one beside the other: what slows the machine down for a while slows both
+            for step in cpu_s:
+                started = time.thread_time()
                 step(chunk)
-            cpu_s.append(time.thread_time() - started)
-        shares.append(1 - cpu_s[0] / cpu_s[1])
+                cpu_s[step] += time.thread_time() - started
+        shares.append(1 - cpu_s[ids_only] / cpu_s[rows_of])
     return shares
 
 
