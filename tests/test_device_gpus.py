@@ -77,6 +77,8 @@ def test_gpu_when_the_cpu_is_asked_for_then_torch_is_not_imported() -> None:
         ("auto", (9, 0), "bfloat16"),
         ("auto", (8, 0), "bfloat16"),
         ("auto", (7, 5), "float32"),
+        ("fastest", (8, 0), "bfloat16"),
+        ("fastest", (7, 5), "float32"),
         ("bfloat16", (8, 6), "bfloat16"),
         ("float16", (7, 5), "float16"),
         ("float32", (9, 0), "float32"),

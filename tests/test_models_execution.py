@@ -436,6 +436,11 @@ def test_encoder_when_threads_share_it_gives_each_its_own_rows() -> None:
             np.testing.assert_allclose(rows, expected, atol=2e-5)
 
 
+def layer_seconds(bfloat16_s: float) -> Callable[[int, int, torch.dtype], float]:
+    """As if float32 took a second."""
+    return lambda width, rows, dtype: 1.0 if dtype is torch.float32 else bfloat16_s
+
+
 SLOWER = ["model.dtype bfloat16 is slower than float32 on this machine"]
 FASTER = ["model.dtype bfloat16 would be faster than float32 on this machine"]
 
@@ -459,16 +464,26 @@ def test_dtype_when_the_other_measures_faster_then_the_log_says_so(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def seconds(width: int, rows: int, dtype: torch.dtype) -> float:
-        return 1.0 if dtype is torch.float32 else bfloat16_s
-
-    monkeypatch.setattr(cpu_dtype, "_layer_seconds", seconds)
+    monkeypatch.setattr(cpu_dtype, "_layer_seconds", layer_seconds(bfloat16_s))
     monkeypatch.setattr(cpu_dtype, "cpu_has_bfloat16", lambda: has_it)
     caplog.set_level("INFO")
 
     cpu_dtype.say_if_another_is_faster(tiny("bert").to(own))
 
     assert [record.getMessage() for record in caplog.records] == told
+
+
+@pytest.mark.parametrize(("bfloat16_s", "dtype"), [(2.0, "float32"), (0.9, "float32"), (0.5, "bfloat16")])
+def test_fastest_dtype_then_it_is_what_measures_faster_and_the_log_says_so(
+    bfloat16_s: float, dtype: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu_dtype, "_layer_seconds", layer_seconds(bfloat16_s))
+    caplog.set_level("INFO")
+
+    assert cpu_dtype.faster_dtype(384) == dtype
+    assert [record.getMessage() for record in caplog.records] == [
+        f"model.dtype fastest is {dtype} on this machine"
+    ]
 
 
 # ---- the device

@@ -17,6 +17,7 @@ import pytest
 
 from inferstream.documents import Document, Prepared
 from inferstream.errors import ModelError, SettingsError
+from inferstream.models import cpu_dtype
 from inferstream.models.cpu_dtype import cpu_has_bfloat16
 from inferstream.models.files import locate
 from inferstream.models.loading import Loaded, load
@@ -289,6 +290,31 @@ def test_bfloat16_when_the_cpu_has_it_is_within_its_tolerance(loaded: Loaded) ->
 
     assert half.info.dtype == "bfloat16"
     assert (vectors[0] * vectors[1]).sum(axis=1).min() >= 0.999
+
+
+@pytest.mark.parametrize(
+    ("has_it", "bfloat16_s", "dtype"),
+    [(False, 0.5, "float32"), (True, 2.0, "float32"), (True, 0.5, "bfloat16")],
+)
+def test_fastest_dtype_then_the_model_is_loaded_in_what_the_cpu_has_and_measures_faster(
+    has_it: bool,
+    bfloat16_s: float,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(cpu_dtype, "cpu_has_bfloat16", lambda: has_it)
+    monkeypatch.setattr(
+        cpu_dtype, "_layer_seconds", lambda width, rows, of: 1.0 if "float32" in str(of) else bfloat16_s
+    )
+    caplog.set_level("INFO")
+    found = load(model_settings(id=PACKAGE, dtype="fastest", compute_threads=1), as_is)
+    found.device.close()
+
+    assert found.info.dtype == dtype
+    assert [m for m in caplog.messages if "dtype" in m] == (
+        [f"model.dtype fastest is {dtype} on this machine"] if has_it else []
+    )
 
 
 def test_bfloat16_when_the_flags_lack_it_is_refused(tmp_path: Path) -> None:

@@ -48,14 +48,14 @@ def gpu_of(device: str) -> int | None:
 
 
 def dtype_on(wanted: str, index: int) -> str:
-    """The number type on a GPU; ``auto`` is bfloat16 where the GPU has it, else float32."""
+    """The number type on a GPU; ``auto`` and ``fastest`` are bfloat16 where the GPU has it, else float32."""
     import torch
 
-    if wanted not in ("auto", "bfloat16"):
+    if wanted in ("float32", "float16"):
         return wanted
     if torch.cuda.get_device_capability(index) >= BFLOAT16_FROM:
         return "bfloat16"
-    if wanted == "auto":
+    if wanted != "bfloat16":
         return "float32"
     raise SettingsError(
         f"model.dtype: cuda:{index} ({torch.cuda.get_device_name(index)}) has no bfloat16 in hardware, which needs "

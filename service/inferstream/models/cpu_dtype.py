@@ -23,13 +23,20 @@ MEASURED_WORK = 2_000_000_000
 MOST_ROWS = 512
 
 MUCH_FASTER = 1.2
-"""From here on it is worth a line in the log: a model does more than multiply."""
+"""From here on bfloat16 counts as faster: a model does more than multiply."""
+
+FASTEST = "fastest"
 
 
 def cpu_dtype(wanted: str) -> str:
-    """The number type on a CPU for a ``model.dtype``; ``auto`` is float32, whose numbers are the reference's."""
+    """The number type on a CPU for a ``model.dtype``; ``auto`` is float32, whose numbers are the reference's.
+
+    ``fastest`` stays what it is where the CPU has bfloat16: :func:`faster_dtype` decides once the model is known.
+    """
     if wanted in ("auto", "float32"):
         return "float32"
+    if wanted == FASTEST:
+        return FASTEST if cpu_has_bfloat16() else "float32"
     assert wanted == "bfloat16"  # float16 is refused where the settings are resolved
     if not cpu_has_bfloat16():
         raise SettingsError(
@@ -51,25 +58,40 @@ def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return not names.isdisjoint(flags)
 
 
-def say_if_another_is_faster(model: Any) -> None:
-    """Multiply as one layer of the model does, in float32 and in bfloat16; takes a fraction of a second.
+def faster_dtype(width: int) -> str:
+    """The number type that a model of this width is faster in, by a measurement, which is logged."""
+    speed_up, rates = _speed_up(width)
+    dtype = "bfloat16" if speed_up > MUCH_FASTER else "float32"
+    log.info(f"model.dtype fastest is {dtype} on this machine", extra=rates)
+    return dtype
 
-    Only said and not done: with bfloat16 the vectors would depend on the machine that computes them.
-    """
+
+def say_if_another_is_faster(model: Any) -> None:
+    """Say in the log if the model's own number type, which was asked for, is the slower one."""
     import torch
 
     if model.dtype == torch.float32 and not cpu_has_bfloat16():
         return
-    width = model.config.hidden_size
+    speed_up, rates = _speed_up(model.config.hidden_size)
+    if model.dtype != torch.float32 and speed_up < 1.0:
+        log.warning("model.dtype bfloat16 is slower than float32 on this machine", extra=rates)
+    elif model.dtype == torch.float32 and speed_up > MUCH_FASTER:
+        log.info("model.dtype bfloat16 would be faster than float32 on this machine", extra=rates)
+
+
+def _speed_up(width: int) -> tuple[float, dict[str, int]]:
+    """How many times as fast bfloat16 is as float32, and both rates.
+
+    It multiplies as one layer of ``width`` does, on one thread, and takes a fraction of a second.
+    """
+    import torch
+
     rows = max(32, min(MOST_ROWS, MEASURED_WORK // (16 * width * width)))
     dtypes = (torch.float32, torch.bfloat16)
     float32_s, bfloat16_s = in_thread(lambda: [_layer_seconds(width, rows, dtype) for dtype in dtypes])
     work = 16 * width * width * rows / 1e9
     rates = {"float32_gflops": round(work / float32_s), "bfloat16_gflops": round(work / bfloat16_s)}
-    if model.dtype != torch.float32 and bfloat16_s > float32_s:
-        log.warning("model.dtype bfloat16 is slower than float32 on this machine", extra=rates)
-    elif model.dtype == torch.float32 and MUCH_FASTER * bfloat16_s < float32_s:
-        log.info("model.dtype bfloat16 would be faster than float32 on this machine", extra=rates)
+    return float32_s / bfloat16_s, rates
 
 
 def _layer_seconds(width: int, rows: int, dtype: torch.dtype) -> float:

@@ -19,7 +19,7 @@ from inferstream.device import Device, Runner
 from inferstream.device.cpu import CpuDevice
 from inferstream.device.gpus import dtype_on, gpu_of, gpus_for, peak_on
 from inferstream.errors import ModelError, SettingsError
-from inferstream.models.cpu_dtype import cpu_dtype, say_if_another_is_faster
+from inferstream.models.cpu_dtype import FASTEST, cpu_dtype, faster_dtype, say_if_another_is_faster
 from inferstream.models.files import locate, one_line, read_json, transformer_folder
 from inferstream.models.positions import most_tokens
 from inferstream.models.warmup import Costs, warm_up
@@ -114,7 +114,10 @@ def _load_encoder(settings: Settings, encode_embedding: EncodeEmbedding) -> Load
         sentence = read_sentence_files(files.folder)
         tokenizer, tokenizer_length, ids = load_tokenizer(sentence, trust_remote_code=trust)
         transformer = load_transformer(sentence, dtype, ids, trust_remote_code=trust)
+        dtype = transformer.dtype
         if gpu is None:
+            if model.dtype != FASTEST:
+                say_if_another_is_faster(transformer.model)
             encoder = transformer.on_cpu(type_ids=tokenizer.type_ids)
             width = encoder.width
         else:
@@ -340,6 +343,10 @@ class Transformer:
     pad_id: int
     positions: int | None
 
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
     def flops(self) -> Flops | None:
         from inferstream.models.flops import flops_of
 
@@ -349,7 +356,6 @@ class Transformer:
         """``type_ids``: the tokenizer gives token types."""
         from inferstream.models.execution import cpu_encoder
 
-        say_if_another_is_faster(self.model)
         return cpu_encoder(self.model, self.head, pad_id=self.pad_id, type_ids=type_ids)
 
     def on_gpus(self, free: Mapping[int, int], *, type_ids: bool) -> Forward:
@@ -399,6 +405,10 @@ class Transformer:
 def load_transformer(
     sentence: SentenceFiles, dtype: str, ids: int, *, trust_remote_code: bool = False
 ) -> Transformer:
+    """Read the weights into host memory; ``dtype`` is torch's name or FASTEST, ``ids`` how many the tokenizer gives.
+
+    Raises ModelError for a model that cannot be served.
+    """
     import torch
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging as transformers_logging
@@ -422,6 +432,8 @@ def load_transformer(
         head = load_head(sentence.folder, sentence.modules, sentence.truncate_dim)
         if sentence.prompt and not pools_prompt(sentence.folder, sentence.modules):
             raise ModelError("it does not pool the tokens of its prompt (include_prompt): not supported")
+    if dtype == FASTEST:
+        dtype = faster_dtype(config.hidden_size)
     config.use_cache = False  # keys and values of earlier tokens: only generation needs them
     transformer, report = AutoModel.from_pretrained(
         sentence.transformer,
