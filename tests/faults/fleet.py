@@ -61,6 +61,7 @@ class Member:
     def start(self) -> None:
         self.told = set()
         self.failed_probes = 0
+        self.frozen = False
         self.starts += 1
         self._said_before = len(self.worker.stderr_text())
         self.worker.start()
