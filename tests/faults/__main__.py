@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import random
 import shutil
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from tests.faults.catalogue import FAULTS, GUARANTEES, SLICES, Fault
 from tests.faults.matrix import markdown, shortfall, table
+from tests.faults.pages import publish
 from tests.faults.record import NotOneMatrix, merged, written
 from tests.faults.run import Report, refusal, run
 from tests.support.broker import BrokerUnavailable
@@ -162,6 +164,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write every run and injection to this file")
     parser.add_argument("--markdown", type=Path, help="write the matrix to this file")
     parser.add_argument(
+        "--docs",
+        action="store_true",
+        help="if all was kept, write the matrix into docs/faults.md and README.md, too",
+    )
+    parser.add_argument(
         "--merge",
         type=Path,
         nargs="+",
@@ -174,9 +181,10 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def merge(files: Sequence[Path], into: Path | None) -> int:
+def merge(files: Sequence[Path], into: Path | None, docs: bool) -> int:
     try:
         reports = merged(files)
+        runs = [json.loads(file.read_text()) for file in files]
     except (NotOneMatrix, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -186,13 +194,16 @@ def merge(files: Sequence[Path], into: Path | None) -> int:
     missing = shortfall(reports, [], 0)
     for line in missing:
         print(f"error: {line}", file=sys.stderr)
-    return 1 if missing or any(report.problems for report in reports) else 0
+    found = bool(missing) or any(report.problems for report in reports)
+    if docs and not found:
+        publish(reports, sum(run["minutes"] for run in runs), [run["seed"] for run in runs])
+    return 1 if found else 0
 
 
 def main() -> int:
     given = arguments()
     if given.merge:
-        return merge(given.merge, given.markdown)
+        return merge(given.merge, given.markdown, given.docs)
     # The harness's own clients say at length what the faults do to them, and asyncio what became of their futures.
     for chatty in ("aiokafka", "asyncio"):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
@@ -251,7 +262,10 @@ def main() -> int:
             print(f"replay: {report.replay}", file=sys.stderr)
     else:
         shutil.rmtree(folder, ignore_errors=True)
-    return 1 if failed or missing or not complete else 0
+    found = bool(failed or missing) or not complete
+    if given.docs and not found:
+        publish(reports, minutes, [seed])
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

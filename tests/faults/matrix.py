@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import median
 
-from tests.faults.catalogue import FAULTS
+from tests.faults.catalogue import FAULTS, GUARANTEES
 from tests.faults.run import BACK_S, Report
 
 HEAD = (
@@ -90,5 +90,27 @@ def table(reports: Sequence[Report]) -> str:
 
 
 def markdown(reports: Sequence[Report]) -> str:
-    lines = [HEAD, tuple("---" for _ in HEAD), *rows(reports)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return _markdown(HEAD, rows(reports)) + "\n"
+
+
+def summary(reports: Sequence[Report]) -> str:
+    """As Markdown, one row for each fault; of the medians of the pause under either guarantee, the longer one."""
+    faults: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
+    for row in rows(reports):
+        named = dict(zip(HEAD, row, strict=True))
+        faults[named["fault"]][named["guarantee"]] = named
+    lines = []
+    for name, found in faults.items():
+        pauses = [row["longest pause"] for row in found.values() if row["longest pause"] != "–"]
+        repeated = [found[guarantee]["duplicated"] if guarantee in found else "–" for guarantee in GUARANTEES]
+        injected, documents, lost = (
+            sum(int(row[column]) for row in found.values()) for column in ("faults", "documents", "lost")
+        )
+        longest = max(pauses, key=lambda pause: float(pause.split()[0]), default="–")
+        lines.append((name, str(injected), f"{documents:,}", str(lost), *repeated, longest))
+    repeats = [f"repeated, {guarantee}" for guarantee in GUARANTEES]
+    return _markdown(("fault", "injected", "documents", "lost", *repeats, "longest pause"), lines)
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))

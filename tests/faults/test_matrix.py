@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tests.faults.matrix import HEAD, rows, shortfall
+from pathlib import Path
+
+from tests.faults.matrix import HEAD, rows, shortfall, summary
+from tests.faults.pages import publish
 from tests.faults.run import Injection, Report
 
 
@@ -45,3 +48,30 @@ def test_rows_when_answers_are_there_again_then_shows_the_most_of_one_fault() ->
         "2 of 2",
         "kept",
     )
+
+
+def test_summary_when_a_fault_was_under_both_guarantees_then_they_share_a_row() -> None:
+    once = report("kill", 900, 900)
+    once.guarantee = "exactly-once"
+    once.injections[0].pause_s = once.injections[1].pause_s = 4.0
+    other = report("fenced", 900)
+    other.guarantee = "exactly-once"
+    lines = summary([report("kill", 900), once, other]).splitlines()
+    assert lines[2:] == [
+        "| kill -9 | 3 | 0 | 0 | 0 (most 90 of 500) | 0 (most 90 of 500) | 4.0 s |",
+        "| producer fenced | 1 | 0 | 0 | – | 0 (most 90 of 500) | 0.0 s |",
+    ]
+
+
+def test_pages_when_a_matrix_is_published_then_only_what_is_between_the_marks_changes(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    pages = [tmp_path / "README.md", tmp_path / "docs/faults.md"]
+    for page in pages:
+        page.write_text("before\n<!-- FAULTS begin -->\nold\n<!-- FAULTS end -->\nafter\n")
+    publish([report("kill", 900)], 1.4, [7], tmp_path)
+    for page in pages:
+        text = page.read_text()
+        assert (
+            text.startswith("before\n<!-- FAULTS begin -->\n1 faults in 1 minutes on ") and "seed 7:" in text
+        )
+        assert "| kill -9 |" in text and "old" not in text and text.endswith("<!-- FAULTS end -->\nafter\n")
