@@ -217,6 +217,9 @@ class Scene:
     @functools.cached_property
     def admin(self) -> AdminClient:
         """One for the whole run: a handle that is dropped takes the answers it waits for along."""
+        return self._new_admin()
+
+    def _new_admin(self) -> AdminClient:
         return AdminClient(
             {"bootstrap.servers": self.kafka.bootstrap, "reconnect.backoff.max.ms": 500, "log_level": 0}
         )
@@ -282,11 +285,18 @@ class Scene:
                 await asyncio.sleep(OBSERVE_S)
 
     async def members(self) -> set[str]:
-        """The names of those that the group's coordinator takes for members."""
-        # asked again soon: one that waits for a coordinator that went away may wait in vain for a minute
-        [future] = self.admin.describe_consumer_groups([self.group], request_timeout=ASK_S).values()
-        described = await asyncio.to_thread(future.result, ADMIN_S)
-        return {member.client_id for member in described.members}
+        """The names of those that the group's coordinator takes for members.
+
+        A new client asks: librdkafka's remembers the coordinator of a group for minutes, although it has moved.
+        """
+
+        def ask() -> set[str]:
+            admin = self._new_admin()
+            # asked again soon: one that waits for a coordinator that went away may wait in vain for a minute
+            [future] = admin.describe_consumer_groups([self.group], request_timeout=ASK_S).values()
+            return {member.client_id for member in future.result(ADMIN_S).members}
+
+        return await asyncio.to_thread(ask)
 
     async def set_limit(self, limit: int | None) -> None:
         """``max.message.bytes`` of the output topic, in bytes; None for Kafka's default."""
